@@ -1,0 +1,449 @@
+"""Typed run configuration: one dataclass per stage, built from shared parts. Every default is the 7B recipe's number."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+Control = Literal["edge", "vis", "depth", "keypoint", "seg"]
+Head = Literal["conv3d", "conv2d", "attention", "spatial_temporal"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the option and the remedy."""
+
+
+# --- Networks and diffusion ---
+
+
+@dataclass(frozen=True)
+class NetConfig:
+    """Sizes of the base DiT and of its control branch (Cosmos-Transfer1-7B)."""
+
+    hidden: int = 4096
+    heads: int = 32
+    blocks: int = 28
+    control_blocks: int = 3
+    mlp_hidden: int = 16384
+    adaln_lora_dim: int = 256
+    text_dim: int = 1024
+    latent_channels: int = 16
+    """Channels of the latent; the network reads two more, the condition mask and the padding mask."""
+    control_channels: int = 128
+    """The control latent is zero-padded to this many channels; the padding mask is one more."""
+    control_mlp: tuple[int, ...] = (16, 16, 32, 32, 96, 96, 256)
+    """Widths of the hidden layers between the embedded control and the residual stream."""
+    max_latent: tuple[int, int, int] = (128, 240, 240)
+    """Largest latent (T, H, W) that the learned position embedding covers."""
+    rope_theta: float = 10000.0
+    rope_ratio: tuple[float, float, float] = (2.0, 1.0, 1.0)
+    """NTK extrapolation ratio of the base's rotary embedding along (t, h, w)."""
+    control_rope_ratio: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """The same for the control branch. The reference never sets its t ratio to the base's 2."""
+    base_fps: float = 24.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads or self.head_dim % 2 or self.head_dim < 12:
+            raise ConfigError(f"net.hidden={self.hidden} over net.heads={self.heads} must give an even head size of at least 12")
+        if not 0 < self.control_blocks <= self.blocks:
+            raise ConfigError(f"net.control_blocks={self.control_blocks} must lie in 1..net.blocks={self.blocks}")
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Discriminator heads on features of the teacher (or of the fake score)."""
+
+    kind: Head = "conv3d"
+    hidden: int = 320
+    feature_blocks: tuple[int, ...] = (14,)
+    """Base blocks whose output is judged, ascending, 0-based; one head each."""
+    first_frame: int = 0
+    """Latent frames before this one are not judged."""
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """EDM diffusion in latent space."""
+
+    sigma_data: float = 0.5
+    sigma_max: float = 80.0
+    sigma_min: float = 0.002
+    noise_schedule: Literal["edm_sampling", "inference"] = "edm_sampling"
+    """The 1000-entry ramp from which DMD2 draws its noise levels."""
+    video_noise_multiplier: float = 4.0
+    """Factor on the drawn level: the square root of the 16 latent frames."""
+    condition_frames: int = 2
+    """Given latent frames: each training sample draws 0..this many."""
+    condition_sigma: float = 0.001
+    """Noise on the given frames before they enter the network."""
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """The teacher's second-order sampler (RES 2ab): steps + 1 evaluations, two network calls each when guided."""
+
+    steps: int = 35
+    guidance: float = 7.0
+    """cond + guidance * (cond - uncond); 7 is 8 in the Ho-Salimans form."""
+    unconditional: Literal["negative_prompt", "empty"] = "negative_prompt"
+
+
+# --- Text, latents, data ---
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Video <-> latent."""
+
+    kind: Literal["nvidia", "diffusers", "tiny"] = "nvidia"
+    path: str = "checkpoints/nvidia/Cosmos-Tokenize1-CV8x8x8-720p"
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Caption -> embedding."""
+
+    kind: Literal["t5", "cached", "tiny"] = "t5"
+    path: str = "checkpoints/google-t5/t5-11b"
+    tokens: int = 512
+    dim: int = 1024
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """How a video file becomes a training sample."""
+
+    control: Control = "edge"
+    frames: int = 121
+    stride: int = 1
+    height: int = 704
+    width: int = 1280
+    edge_preset: str = "random"
+    """Canny thresholds: random (drawn per clip), or none, very_low, low, medium, high, very_high."""
+    windows: int = 1
+    """Windows taken from each clip, each with its own start and control draw."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Encoded samples (shards of latent, control latent and text)."""
+
+    train: str = "datasets/encoded/train"
+    holdout: str = ""
+    """Encoded samples that are never trained on; pictures are drawn from them."""
+
+
+# --- Optimisation ---
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW of one role."""
+
+    lr: float = 5e-7
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 10.0
+    """Gradient norm of the role above which its gradient is scaled down; 0 = never."""
+    warmup: int = 0
+    """Optimizer steps of this role over which the rate rises from zero."""
+    decay: Literal["constant", "cosine"] = "constant"
+    decay_from: float = 0.0
+    """Fraction of the role's steps after which the cosine begins."""
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """Exponential moving average of the trained network; it advances on that network's own steps only."""
+
+    decay: float = 0.0
+    """0 = no average is kept."""
+
+
+@dataclass(frozen=True)
+class TeacherLossConfig:
+    """EDM denoising loss: how the noise level is drawn and what is dropped."""
+
+    log_sigma_mean: float = 0.0
+    log_sigma_std: float = 1.0
+    uniform_fraction: float = 0.0
+    """Share of samples whose sigma is log-uniform over uniform_range instead."""
+    uniform_range: tuple[float, float] = (1.0, 160.0)
+    text_dropout: float = 0.2
+    control_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class DMD2Config:
+    """Distribution matching with a GAN term (arXiv 2405.14867), as the 7B recipe sets it."""
+
+    student_update_freq: int = 5
+    """Iteration i trains the student where i % this == 0, else fake score and discriminator."""
+    guidance: float = 5.0
+    """cond + guidance * (cond - uncond); 5 is 6 in the Ho-Salimans form."""
+    unconditional: Literal["negative_prompt", "empty"] = "negative_prompt"
+    gan_weight: float = 1e-3
+    ladd: bool = False
+    """Adversarial only: no fake score, the student's loss is the GAN term (and reconstruction)."""
+    reconstruction_weight: float = 0.0
+    """Weight of mean((student - real latent)^2)."""
+    reconstruction_warmup: int = 0
+    """For this many iterations the student is trained on the reconstruction term alone."""
+    critic_warmup: int = 0
+    """For this many iterations only fake score and discriminator are trained."""
+    feature_role: Literal["teacher", "fake_score"] = "teacher"
+    fake_score_init: Literal["teacher", "student"] = "teacher"
+    fake_score_space: Literal["eps", "network"] = "eps"
+    """Space of the fake score's denoising error; network weights each sample by 1/c_out^2 of its x0 error."""
+    r1_weight: float = 0.0
+    """Weight of the approximate R1 penalty mean((D(real) - D(real + r1_sigma * noise))^2) (arXiv 2501.08316)."""
+    r1_sigma: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.student_update_freq < 1:
+            raise ConfigError(f"dmd2.student_update_freq={self.student_update_freq} must be at least 1")
+        if self.ladd and self.gan_weight <= 0:
+            raise ConfigError("dmd2.ladd trains by the GAN term alone: give dmd2.gan_weight a value above 0")
+        if self.ladd and self.feature_role == "fake_score":
+            raise ConfigError("dmd2.ladd has no fake score: set dmd2.feature_role to teacher")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    iterations: int = 10_000
+    global_batch_size: int = 64
+    micro_batch_size: int = 1
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 500
+    keep_last: int = 3
+    picture_every: int = 500
+    picture_samples: int = 2
+    tensorboard: bool = True
+    max_nonfinite: int = 3
+    """Skipped iterations in a row (non-finite loss or gradient) after which the run stops."""
+    recompute: Literal["none", "full"] = "full"
+    """Activation recomputation of every transformer block of a trained network."""
+
+    @property
+    def accumulation(self) -> int:
+        return self.global_batch_size // self.micro_batch_size
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "global_batch_size", "micro_batch_size", "log_every", "save_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ConfigError(
+                f"train.global_batch_size={self.global_batch_size} is no multiple of train.micro_batch_size={self.micro_batch_size}"
+            )
+
+
+# --- Stages ---
+
+
+@dataclass(frozen=True)
+class TeacherRun:
+    """`pretrain_teacher`: EDM denoising of clips, control on."""
+
+    out: str = "runs/teacher"
+    init: str = ""
+    """Weights to start from (run folder, .pt, .safetensors); empty = random."""
+    net: NetConfig = field(default_factory=NetConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    loss: TeacherLossConfig = field(default_factory=TeacherLossConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim_teacher: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2**-14.3, betas=(0.9, 0.99), weight_decay=0.1, warmup=2500))
+    ema: EMAConfig = field(default_factory=lambda: EMAConfig(0.9999))
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class PairsRun:
+    """`generate_pairs`: the teacher's answers to fixed noises."""
+
+    out: str = "datasets/pairs/edge"
+    count: int = 10_000
+    teacher: str = "checkpoints/nvidia/Cosmos-Transfer1-7B/checkpoints_teacher/edge_control.pt"
+    """The teacher's weights: run folder, NVIDIA-named .pt, or .safetensors."""
+    seed: int = 0
+    batch_size: int = 1
+    shard_size: int = 32
+    """Pairs per shard file; a finished shard is never made twice."""
+    negative_prompt: str = ""
+    """Text of the negative prompt; empty = the recipe's own."""
+    net: NetConfig = field(default_factory=NetConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass(frozen=True)
+class KDRun:
+    """`pretrain_kd`: 0.5 * MSE(student(noise), the teacher's answer)."""
+
+    out: str = "runs/kd"
+    teacher: str = "checkpoints/nvidia/Cosmos-Transfer1-7B/checkpoints_teacher/edge_control.pt"
+    """Initial weights of the student."""
+    pairs: str = "datasets/pairs/edge"
+    net: NetConfig = field(default_factory=NetConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim_student: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class DMD2Run:
+    """`pretrain_dmd2`: variational score distillation and a GAN on real clips."""
+
+    out: str = "runs/dmd2"
+    teacher: str = "checkpoints/nvidia/Cosmos-Transfer1-7B/checkpoints_teacher/edge_control.pt"
+    student: str = ""
+    """Where the student starts: the KD run's folder; empty = the teacher's weights."""
+    negative_prompt: str = ""
+    """Text of the negative prompt; empty = the recipe's own."""
+    net: NetConfig = field(default_factory=NetConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    dmd2: DMD2Config = field(default_factory=DMD2Config)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim_student: OptimConfig = field(default_factory=OptimConfig)
+    optim_fake_score: OptimConfig = field(default_factory=OptimConfig)
+    optim_discriminator: OptimConfig = field(default_factory=OptimConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(iterations=24_000))
+
+    def __post_init__(self) -> None:
+        blocks = self.head.feature_blocks
+        if not blocks or list(blocks) != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < self.net.blocks:
+            raise ConfigError(f"head.feature_blocks={blocks} must be ascending block numbers in 0..{self.net.blocks - 1}")
+
+
+Run = TeacherRun | PairsRun | KDRun | DMD2Run
+STAGES: dict[str, type] = {"teacher": TeacherRun, "pairs": PairsRun, "kd": KDRun, "dmd2": DMD2Run}
+T = TypeVar("T")
+
+
+# --- Reading, writing, command line ---
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain JSON values, with its stage."""
+    stage = next(name for name, kind in STAGES.items() if kind is type(config))
+    return {"stage": stage, **dataclasses.asdict(config)}
+
+
+def save(config: Run, path: Path) -> None:
+    """Write the resolved configuration as JSON, visible at once and whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(to_dict(config), indent=1) + "\n")
+    partial.replace(path)
+
+
+def load(path: Path) -> Run:
+    """Read a configuration written by `save`.
+
+    Raises:
+        ConfigError: not JSON, an unknown or missing key, or a value of another type; the message names file and key.
+    """
+    try:
+        values = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON ({error}); restore it or start the run in another folder") from None
+    stage = values.pop("stage", None) if isinstance(values, dict) else None
+    if stage not in STAGES:
+        raise ConfigError(f"{path}: stage is {stage!r}, expected one of {', '.join(STAGES)}")
+    return _build(STAGES[stage], values, str(path))
+
+
+def _build(kind: type[T], values: Any, where: str) -> T:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected a table of options, found {type(values).__name__}")
+    hints = get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind)]
+    for key in values:
+        if key not in names:
+            raise ConfigError(f"{where}: unknown key {key!r}{_nearest(key, names)}")
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ConfigError(f"{where}: missing key(s) {', '.join(missing)}")
+    return kind(**{name: _value(hints[name], values[name], f"{where}: {name}") for name in names})
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, where)
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ConfigError(f"{where}: {value!r} is none of {', '.join(map(str, get_args(kind)))}")
+        return value
+    if get_origin(kind) is tuple:
+        args = get_args(kind)
+        if not isinstance(value, list | tuple) or (args[-1] is not Ellipsis and len(args) != len(value)):
+            raise ConfigError(f"{where}: {value!r} does not fit {kind}")
+        return tuple(_value(args[0], item, where) for item in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{where}: {value!r} is {type(value).__name__}, expected {kind.__name__}")
+    return value
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
+
+
+def parse(kind: type[T], argv: list[str], *, prog: str | None = None) -> T:
+    """`PRESET [--section.option value ...]` to a configuration of `kind`.
+
+    The first word names a preset of that stage, or the config.json of an earlier run. tyro reports unknown and ill-typed options with the
+    nearest name and exits with status 2.
+    """
+    import tyro
+
+    from cosmos_mp import presets
+
+    names = presets.names(kind)
+    if not argv or argv[0].startswith("-"):
+        raise SystemExit(f"usage: {prog or Path(sys.argv[0]).name} PRESET [--section.option value ...]\npresets: {', '.join(names)}")
+    first, rest = argv[0], argv[1:]
+    if first.endswith(".json"):
+        if not Path(first).is_file():
+            raise ConfigError(f"{first}: no such configuration file")
+        default = load(Path(first))
+        if not isinstance(default, kind):
+            raise ConfigError(f"{first} configures stage {to_dict(default)['stage']!r}, this command runs {kind.__doc__.split(':')[0]}")
+    elif first in names:
+        default = presets.get(first)
+    else:
+        raise ConfigError(f"unknown preset {first!r}{_nearest(first, names)}")
+    return tyro.cli(kind, default=default, args=rest, prog=f"{prog or Path(sys.argv[0]).name} {first}", use_underscores=True)

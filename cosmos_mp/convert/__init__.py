@@ -1,0 +1,1 @@
+"""Weight files of other projects: NVIDIA's names and Hugging Face folders."""

@@ -1,0 +1,147 @@
+"""NVIDIA's weight files: names, layouts, strict reading and writing.
+
+Converting only renames; no tensor is transposed or split. Files: `base_model.pt` (`base_model.net.*`), `{control}_control.pt` (`net.*`),
+the combined teacher (both), a training checkpoint (`net_ctrl.*` for the control branch) and the released student
+(`net.base_model.net.*`, `net.net_ctrl.*`, possibly under "model").
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+_SUBLAYERS = ("self", "cross", "mlp")
+# (their name inside one network, our name inside one network); {} stand for what is carried over.
+_TABLE: list[tuple[str, str]] = [
+    ("x_embedder.proj.1.weight", "patch_embed.weight"),
+    ("extra_pos_embedder.pos_emb_t", "position.t"),
+    ("extra_pos_embedder.pos_emb_h", "position.h"),
+    ("extra_pos_embedder.pos_emb_w", "position.w"),
+    ("t_embedder.1.linear_1.weight", "time.linear_1.weight"),
+    ("t_embedder.1.linear_2.weight", "time.linear_2.weight"),
+    ("affline_norm.weight", "time.norm.weight"),
+    *(
+        (f"blocks.block{{}}.blocks.{j}.adaLN_modulation.{k}.weight", f"blocks.{{}}.{sub}_mod.{part}.weight")
+        for j, sub in enumerate(_SUBLAYERS)
+        for k, part in ((1, "down"), (2, "up"))
+    ),
+    *(
+        (f"blocks.block{{}}.blocks.{j}.block.attn.{theirs}.weight", f"blocks.{{}}.{sub}_attn.{ours}.weight")
+        for j, sub in enumerate(_SUBLAYERS[:2])
+        for theirs, ours in (
+            ("to_q.0", "q"),
+            ("to_k.0", "k"),
+            ("to_v.0", "v"),
+            ("to_q.1", "q_norm"),
+            ("to_k.1", "k_norm"),
+            ("to_out.0", "out"),
+        )
+    ),
+    ("blocks.block{}.blocks.2.block.layer1.weight", "blocks.{}.mlp.up.weight"),
+    ("blocks.block{}.blocks.2.block.layer2.weight", "blocks.{}.mlp.down.weight"),
+    ("final_layer.adaLN_modulation.1.weight", "final.mod.down.weight"),
+    ("final_layer.adaLN_modulation.2.weight", "final.mod.up.weight"),
+    ("final_layer.linear.weight", "final.linear.weight"),
+    ("x_embedder2.proj.1.weight", "control_embed.weight"),
+    ("input_hint_block.{}.weight", "control_mlp.{}.weight"),
+    ("input_hint_block.{}.bias", "control_mlp.{}.bias"),
+    ("zero_blocks.block{}.weight", "zero.{}.weight"),
+    ("zero_blocks.block{}.bias", "zero.{}.bias"),
+]
+_BASE_PREFIXES = ("net.base_model.net.", "base_model.net.")
+_CONTROL_PREFIXES = ("net.net_ctrl.", "net_ctrl.", "net.")
+_IGNORED = re.compile(r"(\._extra_state|pos_embedder\.seq)$|(^|\.)logvar\.|(^|\.)conditioner\.")
+
+
+class LayoutError(ValueError):
+    """A tensor name that belongs to no known layout."""
+
+
+def _translate(name: str, table: Iterable[tuple[str, str]]) -> str | None:
+    for source, target in table:
+        match = re.fullmatch(re.escape(source).replace(r"\{\}", r"(\d+)"), name)
+        if match:
+            return target.format(*match.groups())
+    return None
+
+
+def from_nvidia(weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Their names to ours (`base.*`, `control.*`, `heads.*`). TE's `_extra_state`, `pos_embedder.seq` and `logvar` are dropped.
+
+    Raises:
+        LayoutError: a name fits no layout, or two names mean the same tensor.
+    """
+    named: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if _IGNORED.search(name):
+            continue
+        ours = _our_name(name)
+        if ours is None:
+            raise LayoutError(f"{source}: {name!r} is no name of NVIDIA's Transfer1 files; is this the right file?")
+        if ours in named:
+            raise LayoutError(f"{source}: {name!r} and another name both mean {ours!r}")
+        named[ours] = value
+    return named
+
+
+def _our_name(name: str) -> str | None:
+    if name.startswith("cls_pred_heads."):
+        return name.replace("cls_pred_heads.", "heads.", 1)
+    for prefixes, ours in ((_BASE_PREFIXES, "base."), (_CONTROL_PREFIXES, "control.")):
+        for prefix in prefixes:
+            if name.startswith(prefix):
+                translated = _translate(name.removeprefix(prefix), _TABLE)
+                return None if translated is None else ours + translated
+    return None
+
+
+def to_nvidia(weights: Mapping[str, Tensor], *, control_prefix: str = "net.") -> dict[str, Tensor]:
+    """Our names to theirs, in the layout of the combined teacher file (`net.*` and `base_model.net.*`)."""
+    reverse = [(ours, theirs) for theirs, ours in _TABLE]
+    named = {}
+    for name, value in weights.items():
+        network, _, rest = name.partition(".")
+        if network == "heads":
+            named["cls_pred_heads." + rest] = value
+            continue
+        translated = _translate(rest, reverse)
+        if network not in ("base", "control") or translated is None:
+            raise LayoutError(f"{name!r} has no NVIDIA name")
+        named[("base_model.net." if network == "base" else control_prefix) + translated] = value
+    return named
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """Tensors of a `.pt` or `.safetensors` file under the names written there; a top-level "model" table is entered.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or not a flat table of tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such weight file; README tells where the weights come from")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable weight file ({error}); fetch it again") from error
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a flat table of tensors, found {type(content).__name__}")
+    kept = {name: value for name, value in content.items() if not _IGNORED.search(str(name))}
+    others = [str(name) for name, value in kept.items() if not isinstance(value, Tensor)]
+    if others or not kept:
+        raise ValueError(f"{path}: expected a flat table of tensors, found other values at {', '.join(others[:3]) or 'no key at all'}")
+    return kept
+
+
+def read_network(path: Path) -> dict[str, Tensor]:
+    """Weights of a file under our names."""
+    return from_nvidia(read_file(path), str(path))

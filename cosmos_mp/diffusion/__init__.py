@@ -1,0 +1,1 @@
+"""EDM diffusion: preconditioning, noise levels, samplers."""

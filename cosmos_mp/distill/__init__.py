@@ -1,0 +1,1 @@
+"""Training methods: pure loss functions and the steps that combine them."""

@@ -1,0 +1,190 @@
+"""DMD2 (arXiv 2405.14867): the student learns from the difference of two scores and from a discriminator on teacher features.
+
+Iteration i trains the student where i % student_update_freq == 0; every other one trains the fake score, which follows the student's
+distribution, and the discriminator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cosmos_mp.config import DiffusionConfig, DMD2Config, HeadConfig
+from cosmos_mp.data.batch import Batch
+from cosmos_mp.diffusion.edm import Condition, Denoised, Denoiser, bcast
+from cosmos_mp.diffusion.samplers import guide, one_step
+from cosmos_mp.diffusion.schedules import draw_dmd2_sigma
+from cosmos_mp.distill import losses
+from cosmos_mp.distill.conditioning import condition_of
+from cosmos_mp.distill.method import StepOutput, Term
+from cosmos_mp.parallel import noise
+
+ADVERSARIAL_ROLES = ("fake_score", "discriminator")
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random in one step.
+
+    Attributes:
+        epsilon: unit noise from which the student generates.
+        eps: noise added to the generated latent.
+        eps_real: noise added to the real latent, at the same level.
+        sigma_B: noise level per sample.
+    """
+
+    epsilon: Tensor
+    eps: Tensor
+    eps_real: Tensor
+    sigma_B: Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the student's step saw: generated latent, the teacher with text and guided, the fake score, logits (B, heads)."""
+
+    y: Tensor
+    teacher: Denoised | None
+    guided_x0: Tensor | None
+    fake_score: Denoised | None
+    fake_logits: Tensor | None
+
+
+class Logits(NamedTuple):
+    """The discriminator's logits (B, heads) on generated and on real latents."""
+
+    fake: Tensor
+    real: Tensor
+
+
+class DMD2:
+    """Roles `student`, `teacher` (frozen), and as the options need them `fake_score` and `discriminator`.
+
+    Args:
+        networks: by role; `fake_score` is absent under LADD, `discriminator` where the GAN weight is 0.
+        unconditional_LD: text embedding of the unconditional branch: the negative prompt, or zeros.
+    """
+
+    def __init__(
+        self,
+        networks: dict[str, nn.Module],
+        diffusion: DiffusionConfig,
+        config: DMD2Config,
+        head: HeadConfig,
+        unconditional_LD: Tensor,
+        seed: int,
+    ):
+        self.networks = networks
+        self.student = Denoiser(networks["student"], diffusion)
+        self.teacher = Denoiser(networks["teacher"], diffusion)
+        self.fake_score = Denoiser(networks["fake_score"], diffusion) if "fake_score" in networks else None
+        self.discriminator = networks.get("discriminator")
+        self.diffusion, self.config, self.feature_blocks = diffusion, config, head.feature_blocks
+        self.unconditional_LD, self.seed = unconditional_LD, seed
+
+    # --- Phases ---
+
+    def trained(self, iteration: int) -> tuple[str, ...]:
+        config = self.config
+        if iteration < config.reconstruction_warmup:
+            return ("student",)
+        critics = tuple(role for role in ADVERSARIAL_ROLES if role in self.networks)
+        if iteration < config.reconstruction_warmup + config.critic_warmup:
+            return critics
+        return ("student",) if iteration % config.student_update_freq == 0 else critics
+
+    def step(self, batch: Batch, iteration: int) -> StepOutput:
+        draws = self.draw(batch, iteration)
+        condition = condition_of(batch, self.diffusion, self.seed, iteration)
+        if "student" not in self.trained(iteration):
+            return self.critic_step(batch.latent_BCTHW, draws, condition)[0]
+        if iteration < self.config.reconstruction_warmup:
+            y = one_step(self.student, draws.epsilon, condition).x0
+            return StepOutput({"reconstruction": Term((y - batch.latent_BCTHW).pow(2).mean())})
+        return self.student_step(batch.latent_BCTHW, draws, condition)[0]
+
+    def draw(self, batch: Batch, iteration: int) -> Draws:
+        """The step's noises and levels, functions of (seed, iteration, sample)."""
+        latent = batch.latent_BCTHW
+
+        def normal(purpose: str) -> Tensor:
+            return noise.normal(latent.shape[1:], self.seed, purpose, iteration, batch.position_B, like=latent)
+
+        sigma = draw_dmd2_sigma(self.diffusion, self.seed, iteration, batch.position_B).to(latent)
+        return Draws(normal("epsilon"), normal("eps"), normal("eps_real"), sigma)
+
+    # --- Student ---
+
+    def student_step(self, real: Tensor, draws: Draws, condition: Condition) -> tuple[StepOutput, Scores]:
+        """VSD + gan_weight * GAN + reconstruction_weight * MSE to the real latent; gradient reaches the student alone."""
+        config, sigma = self.config, draws.sigma_B
+        y = one_step(self.student, draws.epsilon, condition).x0
+        yt = y + bcast(sigma) * draws.eps
+        judged = self.discriminator is not None
+        teacher, guided, fake, logits = None, None, None, None
+        terms: dict[str, Term] = {}
+        metrics: dict[str, Tensor] = {}
+        if not config.ladd:
+            # Only the way to the last feature belongs to the graph; the scores enter the loss as constants.
+            teacher = self._score(self.teacher, yt, sigma, condition, judged and config.feature_role == "teacher")
+            fake = self._score(self.fake_score, yt, sigma, condition, judged and config.feature_role == "fake_score")
+            guided = teacher.x0.detach()
+            if config.guidance != 0:
+                with torch.no_grad():
+                    unconditional = self.unconditional_LD.to(condition.text_BLD).expand_as(condition.text_BLD)
+                    guided = guide(guided, self.teacher(yt, sigma, condition.with_text(unconditional)).x0, config.guidance)
+            terms["vsd"] = Term(losses.vsd_loss(y, guided, fake.x0.detach()))
+            metrics["vsd_weight"] = losses.vsd_weight(y.detach(), guided, sigma).mean()
+        if judged:
+            source = {"teacher": teacher, "fake_score": fake}[config.feature_role] or self._features(yt, sigma, condition)
+            logits = self.discriminator(source.features)
+            terms["gan"] = Term(losses.gan_generator_loss(logits), config.gan_weight)
+        if config.reconstruction_weight > 0:
+            terms["reconstruction"] = Term((y - real).pow(2).mean(), config.reconstruction_weight)
+        metrics["student_std"] = y.detach().std()
+        return StepOutput(terms, metrics), Scores(y, teacher, guided, fake, logits)
+
+    def _score(self, network: Denoiser, yt: Tensor, sigma: Tensor, condition: Condition, with_features: bool) -> Denoised:
+        if with_features:
+            return network(yt, sigma, condition, feature_blocks=self.feature_blocks, tail="detached")
+        with torch.no_grad():
+            return network(yt, sigma, condition)
+
+    def _features(self, xt: Tensor, sigma: Tensor, condition: Condition) -> Denoised:
+        """Features alone, from the network that the discriminator reads."""
+        network = self.teacher if self.config.feature_role == "teacher" else self.fake_score
+        return network(xt, sigma, condition, feature_blocks=self.feature_blocks, tail="none")
+
+    # --- Fake score and discriminator ---
+
+    def critic_step(self, real: Tensor, draws: Draws, condition: Condition) -> tuple[StepOutput, Logits | None]:
+        """Fake-score denoising loss on the student's samples, and the discriminator's loss on features of fake and real latents."""
+        config, sigma = self.config, draws.sigma_B
+        terms: dict[str, Term] = {}
+        metrics: dict[str, Tensor] = {}
+        logits = None
+        with torch.no_grad():
+            y = one_step(self.student, draws.epsilon, condition).x0
+            yt = y + bcast(sigma) * draws.eps
+        if self.fake_score is not None:
+            x0 = self.fake_score(yt, sigma, condition).x0
+            loss = losses.fake_score_loss(y, x0, sigma, space=config.fake_score_space, sigma_data=self.diffusion.sigma_data)
+            terms["fake_score"] = Term(loss)
+        if self.discriminator is not None:
+            with torch.no_grad():
+                real_t = real + bcast(sigma) * draws.eps_real
+                fake_features = self._features(yt, sigma, condition).features
+                real_features = self._features(real_t, sigma, condition).features
+            logits = Logits(self.discriminator(fake_features), self.discriminator(real_features))
+            terms["discriminator"] = Term(losses.discriminator_loss(*logits))
+            fake_logits, real_logits = (value.detach() for value in logits)
+            metrics["discriminator_accuracy"] = losses.discriminator_accuracy(fake_logits, real_logits)
+            metrics["fake_logit"], metrics["real_logit"] = fake_logits.mean(), real_logits.mean()
+            if config.r1_weight > 0:
+                with torch.no_grad():
+                    nudged = self._features(real_t + config.r1_sigma * draws.eps, sigma, condition).features
+                terms["r1"] = Term(losses.r1_penalty(logits.real, self.discriminator(nudged)), config.r1_weight)
+        return StepOutput(terms, metrics), logits

@@ -1,0 +1,90 @@
+"""One DiT block: self-attention, cross-attention and MLP, each behind its own adaptive layer norm with low-rank modulation."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cosmos_mp.backends import Backend
+from cosmos_mp.config import NetConfig
+from cosmos_mp.models.embeddings import EPS, rotate
+
+
+def modulate(h_SBD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """LayerNorm without affine, then * (1 + scale) + shift."""
+    return F.layer_norm(h_SBD, h_SBD.shape[-1:], eps=EPS) * (1 + scale_BD) + shift_BD
+
+
+class Modulation(nn.Module):
+    """`parts` vectors from the time conditioning: up(down(SiLU(c))) plus the shared term of the time embedding (adaLN-LoRA)."""
+
+    def __init__(self, hidden: int, rank: int, parts: int):
+        super().__init__()
+        self.parts = parts
+        self.down = nn.Linear(hidden, rank, bias=False)
+        self.up = nn.Linear(rank, parts * hidden, bias=False)
+
+    def forward(self, conditioning_BD: Tensor, shared_B3D: Tensor) -> tuple[Tensor, ...]:
+        """(B, D), (B, 3D) -> `parts` tensors (B, D): shift, scale and, with three parts, gate."""
+        values = self.up(self.down(F.silu(conditioning_BD)))
+        return (values + shared_B3D[:, : values.shape[-1]]).chunk(self.parts, dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with a root-mean-square norm per head on queries and keys; no bias."""
+
+    def __init__(self, net: NetConfig, context_dim: int, backend: Backend):
+        super().__init__()
+        self.head_dim = net.head_dim
+        self.attend = backend.attention
+        self.q = backend.column_linear(net.hidden, net.hidden)
+        self.k = backend.column_linear(context_dim, net.hidden)
+        self.v = backend.column_linear(context_dim, net.hidden)
+        self.out = backend.row_linear(net.hidden, net.hidden)
+        self.q_norm = nn.RMSNorm(net.head_dim, eps=EPS)
+        self.k_norm = nn.RMSNorm(net.head_dim, eps=EPS)
+
+    def forward(self, x_SBD: Tensor, context_LBD: Tensor, angles_SBD: Tensor | None = None) -> Tensor:
+        """Attend from x to the context; rotary angles turn both where they are given."""
+        query, key, value = (y.view(*y.shape[:2], -1, self.head_dim) for y in (self.q(x_SBD), self.k(context_LBD), self.v(context_LBD)))
+        query, key = self.q_norm(query), self.k_norm(key)
+        if angles_SBD is not None:
+            query, key = rotate(query, angles_SBD), rotate(key, angles_SBD)
+        return self.out(self.attend(query, key, value))
+
+
+class MLP(nn.Module):
+    """down(GELU(up(x))) with the exact GELU."""
+
+    def __init__(self, net: NetConfig, backend: Backend):
+        super().__init__()
+        self.up = backend.column_linear(net.hidden, net.mlp_hidden)
+        self.down = backend.row_linear(net.mlp_hidden, net.hidden)
+
+    def forward(self, x_SBD: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_SBD)))
+
+
+class Block(nn.Module):
+    """h <- h + position; then h <- h + gate * f(LN(h) (1 + scale) + shift) for self-attention, cross-attention and MLP."""
+
+    def __init__(self, net: NetConfig, backend: Backend):
+        super().__init__()
+        self.self_attn = Attention(net, net.hidden, backend)
+        self.cross_attn = Attention(net, net.text_dim, backend)
+        self.mlp = MLP(net, backend)
+        self.self_mod = Modulation(net.hidden, net.adaln_lora_dim, 3)
+        self.cross_mod = Modulation(net.hidden, net.adaln_lora_dim, 3)
+        self.mlp_mod = Modulation(net.hidden, net.adaln_lora_dim, 3)
+
+    def forward(
+        self, h_SBD: Tensor, position_S1D: Tensor, angles_SBD: Tensor, text_LBD: Tensor, conditioning_BD: Tensor, shared_B3D: Tensor
+    ) -> Tensor:
+        h = h_SBD + position_S1D
+        shift, scale, gate = self.self_mod(conditioning_BD, shared_B3D)
+        x = modulate(h, shift, scale)
+        h = h + gate * self.self_attn(x, x, angles_SBD)
+        shift, scale, gate = self.cross_mod(conditioning_BD, shared_B3D)
+        h = h + gate * self.cross_attn(modulate(h, shift, scale), text_LBD)
+        shift, scale, gate = self.mlp_mod(conditioning_BD, shared_B3D)
+        return h + gate * self.mlp(modulate(h, shift, scale))

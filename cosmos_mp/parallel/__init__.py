@@ -1,0 +1,1 @@
+"""Parallelism around the networks: process groups and randomness that no layout changes."""
