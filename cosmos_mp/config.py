@@ -73,6 +73,8 @@ class HeadConfig:
 class DiffusionConfig:
     """EDM diffusion in latent space."""
 
+    latent_shape: tuple[int, int, int, int] = (16, 16, 88, 160)
+    """(C, T, H, W) of a sample: 121 frames of 704 x 1280. The stores are checked against it."""
     sigma_data: float = 0.5
     sigma_max: float = 80.0
     sigma_min: float = 0.002
@@ -96,7 +98,7 @@ class SamplerConfig:
     unconditional: Literal["negative_prompt", "empty"] = "negative_prompt"
 
 
-# --- Text, latents, data ---
+# --- Text, latents, clips ---
 
 
 @dataclass(frozen=True)
@@ -130,15 +132,6 @@ class ClipConfig:
     """Canny thresholds: random (drawn per clip), or none, very_low, low, medium, high, very_high."""
     windows: int = 1
     """Windows taken from each clip, each with its own start and control draw."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Encoded samples (shards of latent, control latent and text)."""
-
-    train: str = "datasets/encoded/train"
-    holdout: str = ""
-    """Encoded samples that are never trained on; pictures are drawn from them."""
 
 
 # --- Optimisation ---
@@ -254,19 +247,40 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class EncodeRun:
+    """`python -m cosmos_mp encode`: a folder of captioned videos to latents, control latents and text embeddings."""
+
+    videos: str = "datasets/dmd2"
+    """Folder with videos/ and metas/; `python -m cosmos_mp index` lists its clips."""
+    out: str = "datasets/clips/train"
+    seed: int = 0
+    shard_size: int = 64
+    limit: int = 0
+    """Encode only this many clips; 0 = all."""
+    split: Literal["all", "train", "holdout"] = "all"
+    """Which clips: all, or one side of a fixed split by the hash of the clip's name."""
+    holdout_share: float = 0.1
+    """Share of the clips on the held-out side of that split."""
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+
+
+@dataclass(frozen=True)
 class TeacherRun:
     """`pretrain_teacher`: EDM denoising of clips, control on."""
 
     out: str = "runs/teacher"
     init: str = ""
     """Weights to start from (run folder, .pt, .safetensors); empty = random."""
+    clips: str = "datasets/clips/train"
+    """Encoded clips to train on: the output of `python -m cosmos_mp encode`."""
+    holdout: str = "datasets/clips/holdout"
+    """Encoded clips that are never trained on; pictures are drawn from them."""
     net: NetConfig = field(default_factory=NetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     loss: TeacherLossConfig = field(default_factory=TeacherLossConfig)
-    clip: ClipConfig = field(default_factory=ClipConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    text: TextConfig = field(default_factory=TextConfig)
-    data: DataConfig = field(default_factory=DataConfig)
     optim_teacher: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2**-14.3, betas=(0.9, 0.99), weight_decay=0.1, warmup=2500))
     ema: EMAConfig = field(default_factory=lambda: EMAConfig(0.9999))
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -280,6 +294,8 @@ class PairsRun:
     count: int = 10_000
     teacher: str = "checkpoints/nvidia/Cosmos-Transfer1-7B/checkpoints_teacher/edge_control.pt"
     """The teacher's weights: run folder, NVIDIA-named .pt, or .safetensors."""
+    clips: str = "datasets/clips/train"
+    """Encoded clips to answer: the output of `python -m cosmos_mp encode`."""
     seed: int = 0
     batch_size: int = 1
     shard_size: int = 32
@@ -289,10 +305,7 @@ class PairsRun:
     net: NetConfig = field(default_factory=NetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    clip: ClipConfig = field(default_factory=ClipConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    data: DataConfig = field(default_factory=DataConfig)
 
 
 @dataclass(frozen=True)
@@ -303,12 +316,11 @@ class KDRun:
     teacher: str = "checkpoints/nvidia/Cosmos-Transfer1-7B/checkpoints_teacher/edge_control.pt"
     """Initial weights of the student."""
     pairs: str = "datasets/pairs/edge"
+    holdout: str = "datasets/clips/holdout"
+    """Encoded clips that are never trained on; pictures are drawn from them."""
     net: NetConfig = field(default_factory=NetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    clip: ClipConfig = field(default_factory=ClipConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    text: TextConfig = field(default_factory=TextConfig)
-    data: DataConfig = field(default_factory=DataConfig)
     optim_student: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
     ema: EMAConfig = field(default_factory=EMAConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -324,14 +336,16 @@ class DMD2Run:
     """Where the student starts: the KD run's folder; empty = the teacher's weights."""
     negative_prompt: str = ""
     """Text of the negative prompt; empty = the recipe's own."""
+    clips: str = "datasets/clips/train"
+    """Encoded clips to train on: the output of `python -m cosmos_mp encode`."""
+    holdout: str = "datasets/clips/holdout"
+    """Encoded clips that are never trained on; pictures are drawn from them."""
     net: NetConfig = field(default_factory=NetConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     dmd2: DMD2Config = field(default_factory=DMD2Config)
-    clip: ClipConfig = field(default_factory=ClipConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    data: DataConfig = field(default_factory=DataConfig)
     optim_student: OptimConfig = field(default_factory=OptimConfig)
     optim_fake_score: OptimConfig = field(default_factory=OptimConfig)
     optim_discriminator: OptimConfig = field(default_factory=OptimConfig)
@@ -344,8 +358,70 @@ class DMD2Run:
             raise ConfigError(f"head.feature_blocks={blocks} must be ascending block numbers in 0..{self.net.blocks - 1}")
 
 
-Run = TeacherRun | PairsRun | KDRun | DMD2Run
-STAGES: dict[str, type] = {"teacher": TeacherRun, "pairs": PairsRun, "kd": KDRun, "dmd2": DMD2Run}
+@dataclass(frozen=True)
+class EvaluateRun:
+    """`python -m cosmos_mp evaluate`: teacher and students on held-out clips, as a table, results.json and a report page."""
+
+    out: str = "runs/evaluation"
+    teacher: str = "checkpoints/nvidia/Cosmos-Transfer1-7B/checkpoints_teacher/edge_control.pt"
+    students: tuple[str, ...] = ()
+    """NAME=WEIGHTS of each student, such as KD=runs/edge_kd."""
+    clips: str = "datasets/clips/edge/holdout"
+    """Encoded clips that were never trained on."""
+    videos: str = "datasets/dmd2"
+    """The videos that these clips were encoded from."""
+    samples: int = 256
+    batch_size: int = 1
+    seed: int = 0
+    negative_prompt: str = ""
+    features: str = ""
+    """A TorchScript network (N, 3, T, H, W) in [-1, 1] -> (N, D) for one more Fréchet distance."""
+    diversity_clips: int = 16
+    """Clips that are answered from `diversity_noises` noises each."""
+    diversity_noises: int = 4
+    timing_repeats: int = 10
+    texture_period: float = 0.0
+    """Report the energy of stripes of this period in pixels; 0 = leave it out."""
+    checks: Literal["none", "speed", "recipe"] = "none"
+    """What must hold for success: nothing; that one call takes at most 1/30 of 72; or all that the quickstart's recipe promises."""
+    net: NetConfig = field(default_factory=NetConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+
+
+@dataclass(frozen=True)
+class SampleRun:
+    """`python -m cosmos_mp sample`: one clip from the student."""
+
+    prompt: str = ""
+    video: str = ""
+    """A video to take the control from (edge, vis)."""
+    control: str = ""
+    """A ready control video, instead of `video`."""
+    out: str = "sample.mp4"
+    student: str = "runs/edge_dmd2"
+    """Run folder, Hugging Face folder, or NVIDIA's released student file."""
+    seed: int = 0
+    control_weight: float = 1.0
+    net: NetConfig = field(default_factory=NetConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+
+
+Run = EncodeRun | TeacherRun | PairsRun | KDRun | DMD2Run | EvaluateRun | SampleRun
+STAGES: dict[str, type] = {
+    "encode": EncodeRun,
+    "teacher": TeacherRun,
+    "pairs": PairsRun,
+    "kd": KDRun,
+    "dmd2": DMD2Run,
+    "evaluate": EvaluateRun,
+    "sample": SampleRun,
+}
 T = TypeVar("T")
 
 

@@ -282,7 +282,7 @@ def run_ops(case: Case) -> Values:
         ).transpose(0, 1),
         "rope_angles_base": angles(2.0),
         "rope_angles_control": angles(1.0),
-        "rope_apply_base": embeddings.rotate(io["rope_apply.x"][:, None, None], angles(2.0)[:, None])[:, 0, 0],
+        "rope_apply_base": embeddings.rotate(io["rope_apply.x"][:, None, None], embeddings.rotation(angles(2.0)[:, None]))[:, 0, 0],
         "pos_emb": position(*sizes_thw).reshape(*sizes_thw, -1),
         "timestep_embedding": time,
         "timestep_conditioning": F.rms_norm(time, (dim,), io["timestep_conditioning.affline_norm"], embeddings.EPS),
@@ -333,7 +333,7 @@ def _norm(gradients: dict[str, Tensor], prefix: str = "") -> Tensor:
 
 
 def _difference(name: str, got: Any, expected: Any, limit: float) -> Difference:
-    a, b = (torch.as_tensor(x).detach().double() for x in (got, expected))
+    a, b = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (got, expected))
     if b.dim() == 1 and a.dim() == 0:
         a = a[None]
     if a.shape != b.shape:
@@ -347,7 +347,7 @@ def run_case(folder: Path, dtype: torch.dtype = torch.float32) -> list[Differenc
     """Run one case; every expected entry is compared.
 
     Raises:
-        CaseError: a file is missing, the kind is unknown, or an expected entry has no counterpart or another shape.
+        CaseError: a file or entry is missing, the kind is unknown, or an expected entry has no counterpart or another shape.
     """
     config = json.loads((folder / "config.json").read_text())
     kind = config.get("kind")
@@ -357,11 +357,17 @@ def run_case(folder: Path, dtype: torch.dtype = torch.float32) -> list[Differenc
         if not (folder / name).is_file():
             raise CaseError(f"{folder / name}: missing file of a {kind} case")
     io = {name: value.to(dtype) if value.is_floating_point() else value for name, value in load_file(folder / "io.safetensors").items()}
-    values = KINDS[kind](Case(folder, config, io))
+    try:
+        values = KINDS[kind](Case(folder, config, io))
+    except KeyError as error:
+        raise CaseError(f"{folder}: config.json or io.safetensors has no entry {error}, which a {kind} case needs") from error
     limits = config["tolerance"]
     tensors = load_file(folder / "expected.safetensors")
     numbers_file = folder / "expected.json"
     numbers = json.loads(numbers_file.read_text()) if numbers_file.is_file() else {}
+    unwritten = {**config.get("expected_shapes", {}), **config.get("expected_numbers", {})}.keys() - tensors.keys() - numbers.keys()
+    if unwritten:
+        raise CaseError(f"{folder}: config.json promises {', '.join(sorted(unwritten))}, which no expected file holds")
     differences = []
     for expected, limit in ((tensors, limits["tensors"]), (numbers, limits["numbers"])):
         for name, value in expected.items():

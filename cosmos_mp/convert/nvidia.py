@@ -2,14 +2,16 @@
 
 Converting only renames; no tensor is transposed or split. Files: `base_model.pt` (`base_model.net.*`), `{control}_control.pt` (`net.*`),
 the combined teacher (both), a training checkpoint (`net_ctrl.*` for the control branch) and the released student
-(`net.base_model.net.*`, `net.net_ctrl.*`, possibly under "model").
+(`net.base_model.net.*`, `net.net_ctrl.*`, possibly under "model"). Averaged weights write "-" for "." in the same names.
 """
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file
@@ -55,14 +57,18 @@ _TABLE: list[tuple[str, str]] = [
 ]
 _BASE_PREFIXES = ("net.base_model.net.", "base_model.net.")
 _CONTROL_PREFIXES = ("net.net_ctrl.", "net_ctrl.", "net.")
-_IGNORED = re.compile(r"(\._extra_state|pos_embedder\.seq)$|(^|\.)logvar\.|(^|\.)conditioner\.")
+_IGNORED = re.compile(r"([.-]_extra_state|pos_embedder[.-]seq)$|(^|[.-])(logvar|conditioner)[.-]|(^|[.-])trained_data_record($|[.-])")
+Layout = Literal["teacher", "student"]
+# Prefixes of (base, control branch) in the files that we write.
+_WRITTEN: dict[Layout, tuple[str, str]] = {"teacher": ("base_model.net.", "net."), "student": ("net.base_model.net.", "net.net_ctrl.")}
 
 
 class LayoutError(ValueError):
     """A tensor name that belongs to no known layout."""
 
 
-def _translate(name: str, table: Iterable[tuple[str, str]]) -> str | None:
+def translate(name: str, table: Iterable[tuple[str, str]]) -> str | None:
+    """`name` after the first row (source, target) that it fits, None if there is none; {} stands for a number that is carried over."""
     for source, target in table:
         match = re.fullmatch(re.escape(source).replace(r"\{\}", r"(\d+)"), name)
         if match:
@@ -70,8 +76,16 @@ def _translate(name: str, table: Iterable[tuple[str, str]]) -> str | None:
     return None
 
 
+def compact(value: Tensor) -> Tensor:
+    """On the CPU, contiguous, and alone in its storage: a view would take the whole of it into a file."""
+    value = value.detach().cpu().contiguous()
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+
+
 def from_nvidia(weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Their names to ours (`base.*`, `control.*`, `heads.*`). TE's `_extra_state`, `pos_embedder.seq` and `logvar` are dropped.
+    """Their names to ours (`base.*`, `control.*`, `heads.*`); "-" in place of "." is understood.
+
+    TE's `_extra_state`, `pos_embedder.seq`, `logvar`, `conditioner` and `trained_data_record` are dropped: no network here has them.
 
     Raises:
         LayoutError: a name fits no layout, or two names mean the same tensor.
@@ -80,7 +94,7 @@ def from_nvidia(weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]
     for name, value in weights.items():
         if _IGNORED.search(name):
             continue
-        ours = _our_name(name)
+        ours = _our_name(name if "." in name else name.replace("-", "."))
         if ours is None:
             raise LayoutError(f"{source}: {name!r} is no name of NVIDIA's Transfer1 files; is this the right file?")
         if ours in named:
@@ -95,25 +109,50 @@ def _our_name(name: str) -> str | None:
     for prefixes, ours in ((_BASE_PREFIXES, "base."), (_CONTROL_PREFIXES, "control.")):
         for prefix in prefixes:
             if name.startswith(prefix):
-                translated = _translate(name.removeprefix(prefix), _TABLE)
+                translated = translate(name.removeprefix(prefix), _TABLE)
                 return None if translated is None else ours + translated
     return None
 
 
-def to_nvidia(weights: Mapping[str, Tensor], *, control_prefix: str = "net.") -> dict[str, Tensor]:
-    """Our names to theirs, in the layout of the combined teacher file (`net.*` and `base_model.net.*`)."""
+def to_nvidia(weights: Mapping[str, Tensor], layout: Layout = "teacher") -> dict[str, Tensor]:
+    """Our names to theirs: the combined teacher's (`base_model.net.*`, `net.*`) or the released student's.
+
+    Raises:
+        LayoutError: a name is none of ours.
+    """
     reverse = [(ours, theirs) for theirs, ours in _TABLE]
+    prefixes = dict(zip(("base", "control"), _WRITTEN[layout], strict=True))
     named = {}
     for name, value in weights.items():
         network, _, rest = name.partition(".")
         if network == "heads":
             named["cls_pred_heads." + rest] = value
             continue
-        translated = _translate(rest, reverse)
-        if network not in ("base", "control") or translated is None:
+        translated = translate(rest, reverse)
+        if network not in prefixes or translated is None:
             raise LayoutError(f"{name!r} has no NVIDIA name")
-        named[("base_model.net." if network == "base" else control_prefix) + translated] = value
+        named[prefixes[network] + translated] = value
     return named
+
+
+def write_nvidia(weights: Mapping[str, Tensor], path: Path, layout: Layout = "teacher") -> None:
+    """Write weights under our names as NVIDIA's file; whole or not at all.
+
+    Args:
+        layout: "teacher", the flat combined file, or "student", {"model": weights, "ema": None} as the student was released.
+
+    Raises:
+        LayoutError: a name is none of ours.
+        ValueError: the file exists.
+    """
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"{path} exists: remove it or choose another name")
+    named = {name: compact(value) for name, value in to_nvidia(weights, layout).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    torch.save(named if layout == "teacher" else {"model": named, "ema": None}, partial)
+    partial.replace(path)
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
@@ -128,7 +167,8 @@ def read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return load_file(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals([io.BytesIO]):  # what older versions of TE keep in `_extra_state`
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise ValueError(f"{path}: not a readable weight file ({error}); fetch it again") from error
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
@@ -145,3 +185,22 @@ def read_file(path: Path) -> dict[str, Tensor]:
 def read_network(path: Path) -> dict[str, Tensor]:
     """Weights of a file under our names."""
     return from_nvidia(read_file(path), str(path))
+
+
+def read_networks(paths: Sequence[Path]) -> dict[str, Tensor]:
+    """Weights spread over files (`base_model.pt` and `edge_control.pt`), as one table under our names.
+
+    Raises:
+        LayoutError: no file is named, or two of them hold the same tensor.
+        FileNotFoundError, ValueError: as `read_file`.
+    """
+    if not paths:
+        raise LayoutError("no weight file is named: give one, or the base's and the control branch's")
+    merged: dict[str, Tensor] = {}
+    for path in paths:
+        part = read_network(path)
+        twice = sorted(merged.keys() & part.keys())
+        if twice:
+            raise LayoutError(f"{path}: {twice[0]!r} and {len(twice) - 1} more are in an earlier file too; name each network once")
+        merged |= part
+    return merged

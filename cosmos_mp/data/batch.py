@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,14 @@ class Batch:
     def __len__(self) -> int:
         return self.position_B.shape[0]
 
+    def rows(self, index: Tensor) -> Batch:
+        """Some of the samples, by row."""
+        return self._map(lambda value: value[index])
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{name: value if value is None else value.to(device, non_blocking=True) for name, value in moved.items()})
+        return self._map(lambda value: value.to(device, non_blocking=True))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Batch(**{name: None if value is None else change(value) for name, value in values.items()})

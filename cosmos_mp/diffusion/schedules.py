@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def edm_ramp(sigma_max: float, sigma_min: float, steps: int) -> Tensor:
 def log_ramp(sigma_max: float, sigma_min: float, steps: int) -> Tensor:
     """Log-spaced levels from max to min, float64 (N + 1,)."""
     fraction = torch.arange(steps + 1, dtype=torch.float64) / steps
-    return torch.exp(torch.tensor(sigma_max).double().log() * (1 - fraction) + torch.tensor(sigma_min).double().log() * fraction)
+    return torch.exp(math.log(sigma_max) * (1 - fraction) + math.log(sigma_min) * fraction)
 
 
 def training_ramp(config: DiffusionConfig) -> Tensor:

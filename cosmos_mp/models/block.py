@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cosmos_mp.backends import Backend
 from cosmos_mp.config import NetConfig
-from cosmos_mp.models.embeddings import EPS, rotate
+from cosmos_mp.models.embeddings import EPS, Rotation, rotate
 
 
 def modulate(h_SBD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
@@ -44,12 +44,12 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(net.head_dim, eps=EPS)
         self.k_norm = nn.RMSNorm(net.head_dim, eps=EPS)
 
-    def forward(self, x_SBD: Tensor, context_LBD: Tensor, angles_SBD: Tensor | None = None) -> Tensor:
-        """Attend from x to the context; rotary angles turn both where they are given."""
+    def forward(self, x_SBD: Tensor, context_LBD: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """Attend from x to the context; a rotation turns both where one is given."""
         query, key, value = (y.view(*y.shape[:2], -1, self.head_dim) for y in (self.q(x_SBD), self.k(context_LBD), self.v(context_LBD)))
         query, key = self.q_norm(query), self.k_norm(key)
-        if angles_SBD is not None:
-            query, key = rotate(query, angles_SBD), rotate(key, angles_SBD)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         return self.out(self.attend(query, key, value))
 
 
@@ -78,12 +78,12 @@ class Block(nn.Module):
         self.mlp_mod = Modulation(net.hidden, net.adaln_lora_dim, 3)
 
     def forward(
-        self, h_SBD: Tensor, position_S1D: Tensor, angles_SBD: Tensor, text_LBD: Tensor, conditioning_BD: Tensor, shared_B3D: Tensor
+        self, h_SBD: Tensor, position_S1D: Tensor, rotation: Rotation, text_LBD: Tensor, conditioning_BD: Tensor, shared_B3D: Tensor
     ) -> Tensor:
         h = h_SBD + position_S1D
         shift, scale, gate = self.self_mod(conditioning_BD, shared_B3D)
         x = modulate(h, shift, scale)
-        h = h + gate * self.self_attn(x, x, angles_SBD)
+        h = h + gate * self.self_attn(x, x, rotation)
         shift, scale, gate = self.cross_mod(conditioning_BD, shared_B3D)
         h = h + gate * self.cross_attn(modulate(h, shift, scale), text_LBD)
         shift, scale, gate = self.mlp_mod(conditioning_BD, shared_B3D)

@@ -21,6 +21,11 @@ def _norm_act(channels: int) -> list[nn.Module]:
     return [nn.GroupNorm(GROUPS, channels), nn.LeakyReLU(SLOPE)]
 
 
+def _check_frames(x_BDTHW: Tensor, kind: str) -> None:
+    if x_BDTHW.shape[2] < 2:
+        raise ValueError(f"the {kind} head needs at least 2 latent frames, got {x_BDTHW.shape[2]}: use head.kind=conv2d")
+
+
 class Conv3dHead(nn.Module):
     """Conv3d 2x4x4 stride 2 -> GroupNorm(8) -> LeakyReLU -> 1x1x1; kernel = stride along T, so frames pair up without overlap."""
 
@@ -30,8 +35,7 @@ class Conv3dHead(nn.Module):
         self.net = nn.Sequential(first, *_norm_act(hidden), nn.Conv3d(hidden, 1, 1))
 
     def forward(self, x_BDTHW: Tensor) -> Tensor:
-        if x_BDTHW.shape[2] < 2:
-            raise ValueError(f"the conv3d head needs at least 2 latent frames, got {x_BDTHW.shape[2]}: use head.kind=conv2d")
+        _check_frames(x_BDTHW, "conv3d")
         return self.net(x_BDTHW).mean(dim=(1, 2, 3, 4))
 
 
@@ -61,6 +65,7 @@ class AttentionHead(nn.Module):
         self.out = nn.Linear(hidden, 1)
 
     def forward(self, x_BDTHW: Tensor) -> Tensor:
+        _check_frames(x_BDTHW, "attention")
         tokens = self.down(x_BDTHW).flatten(2).transpose(1, 2)
         mixed, _ = self.attn(tokens, tokens, tokens, need_weights=False)
         return self.out(tokens + mixed).mean(dim=(1, 2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from cosmos_mp.backends import Backend
 from cosmos_mp.config import NetConfig
 from cosmos_mp.models.block import Block, Modulation, modulate
-from cosmos_mp.models.embeddings import PATCH, LearnedPosition, TimeEmbedding, latent_padding_mask, patchify, rope_angles, unpatchify
+from cosmos_mp.models.embeddings import (
+    PATCH,
+    LearnedPosition,
+    Rotation,
+    TimeEmbedding,
+    latent_padding_mask,
+    patchify,
+    rope_angles,
+    rotation,
+    unpatchify,
+)
 
 Tail = Literal["full", "detached", "none"]
 
@@ -48,6 +58,16 @@ class NetOutput:
     features: tuple[Tensor, ...] = ()
 
 
+class BlockInputs(NamedTuple):
+    """What every block of one network call reads beside the stream."""
+
+    position_S1D: Tensor
+    rotation: Rotation
+    text_LBD: Tensor
+    conditioning_BD: Tensor
+    shared_B3D: Tensor
+
+
 class FinalLayer(nn.Module):
     """linear(LN(h) (1 + scale) + shift)."""
 
@@ -81,8 +101,8 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(net, backend) for _ in range(blocks))
         self.final = FinalLayer(net)
 
-    def embed(self, call: NetInput) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Tokens (S, B, D) and what every block reads beside them: position, angles, text, conditioning, shared modulation."""
+    def embed(self, call: NetInput) -> tuple[Tensor, BlockInputs]:
+        """Tokens (S, B, D) and what every block reads beside them."""
         frames, height, width = call.x_BCTHW.shape[2:]
         padding = latent_padding_mask(call.padding_mask_BHW.to(call.x_BCTHW.dtype), frames, height, width)
         tokens = patchify(torch.cat([call.x_BCTHW, call.condition_mask_B1THW.to(padding.dtype), padding], dim=1))
@@ -92,8 +112,8 @@ class Trunk(nn.Module):
         net = self.net
         angles = rope_angles(*grid, net.head_dim, fps_B=fps, ratio=self.rope_ratio, theta=net.rope_theta, base_fps=net.base_fps)
         conditioning, shared = self.time(call.timestep_B)
-        shared_inputs = (self.position(*grid), angles, call.text_BLD.transpose(0, 1).contiguous(), conditioning, shared)
-        return self.patch_embed(tokens), shared_inputs
+        text = call.text_BLD.transpose(0, 1).contiguous()
+        return self.patch_embed(tokens), BlockInputs(self.position(*grid), rotation(angles), text, conditioning, shared)
 
 
 class BaseDiT(Trunk):
@@ -130,8 +150,7 @@ class BaseDiT(Trunk):
                     if tail == "none":
                         return NetOutput(None, tuple(features))
                     h, residuals = h.detach(), [residual.detach() for residual in residuals]
-                    shared_inputs = tuple(value.detach() for value in shared_inputs)
             if index < len(residuals):
                 h = h + residuals[index]
-        out = self.final(h, *shared_inputs[3:])
+        out = self.final(h, shared_inputs.conditioning_BD, shared_inputs.shared_B3D)
         return NetOutput(unpatchify(out, frames, height, width), tuple(features))

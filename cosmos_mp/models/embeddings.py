@@ -6,6 +6,7 @@ Tokens are (S, B, D) with S running over t, h, w (w fastest).
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,12 +93,23 @@ def rope_angles(
     return torch.cat([half, half], dim=-1)
 
 
-def rotate(x_SBHD: Tensor, angles_SBD: Tensor) -> Tensor:
+class Rotation(NamedTuple):
+    """Cosine and sine of rotary angles, (S, B, 1, head_dim), made once per network call."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotation(angles_SBD: Tensor) -> Rotation:
+    """Angles (S, B, head_dim) -> what `rotate` multiplies with."""
+    return Rotation(angles_SBD.cos()[:, :, None], angles_SBD.sin()[:, :, None])
+
+
+def rotate(x_SBHD: Tensor, rotation: Rotation) -> Tensor:
     """Rotate-half rotary embedding: x cos + [-x2, x1] sin, with x1 and x2 the halves of the head."""
-    cos, sin = angles_SBD.cos()[:, :, None], angles_SBD.sin()[:, :, None]
     x = x_SBHD.to(at_least_fp32(x_SBHD))
     first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x_SBHD.dtype)
+    return (x * rotation.cos + torch.cat([-second, first], dim=-1) * rotation.sin).to(x_SBHD.dtype)
 
 
 class LearnedPosition(nn.Module):

@@ -63,11 +63,11 @@ def initialize(network: nn.Module, seed: int) -> None:
     Zero are biases, the up-projections of the modulations (so every block starts as the identity), the control branch's outgoing
     linears and the last layer of its control MLP. Every tensor draws from a generator keyed by its name.
     """
+    last_of_mlp = {f"{name}.{len(m) - 1}.weight" for name, m in network.named_modules() if name.endswith("control_mlp")}
     for name, value in named_weights(network).items():
         draw = generator(seed, "weights/" + name, 0, 0)
-        zero = name.endswith((".bias", "_mod.up.weight", ".mod.up.weight", "time.linear_2.weight")) or ".zero." in name
-        last_of_mlp = ".control_mlp." in f".{name}" and value.dim() == 2 and value.shape[0] == _stream_width(network)
-        if zero or last_of_mlp:
+        zero = name.endswith(("bias", "_mod.up.weight", ".mod.up.weight", "time.linear_2.weight")) or ".zero." in name
+        if zero or name in last_of_mlp:
             value.zero_()
         elif value.dim() == 1:
             value.fill_(1.0)
@@ -77,10 +77,6 @@ def initialize(network: nn.Module, seed: int) -> None:
             fan_out, fan_in = value.shape[0], value[0].numel()
             bound = (6.0 / (fan_in + fan_out * value[0, 0].numel())) ** 0.5
             value.copy_((torch.rand(value.shape, generator=draw) * 2 - 1) * bound)
-
-
-def _stream_width(network: nn.Module) -> int:
-    return next(value.shape[0] for name, value in named_weights(network).items() if name.endswith("patch_embed.weight"))
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:

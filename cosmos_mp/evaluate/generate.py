@@ -1,0 +1,56 @@
+"""Answers of teacher and students to held-out clips, kept on disk so that an interrupted evaluation goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cosmos_mp.data.batch import Batch
+from cosmos_mp.diffusion.edm import Condition
+from cosmos_mp.parallel import noise
+
+Answer = Callable[[Tensor, Condition], Tensor]
+"""(unit noise, condition) -> clean latent."""
+
+
+def condition_of_clips(batch: Batch) -> Condition:
+    """What a clip tells the network at generation: no frame is given."""
+    return Condition(batch.text_BLD, batch.control_BCTHW, batch.fps_B, batch.padding_mask_BHW)
+
+
+def evaluation_noise(shape: tuple[int, ...], seed: int, draw: int, clips: Tensor) -> Tensor:
+    """The same noise for every variant; `draw` counts the noises of one clip."""
+    return noise.normal(shape, seed, "evaluation", draw, clips)
+
+
+@torch.no_grad()
+def answer_all(answer: Answer, batch: Batch, seed: int, draw: int, batch_size: int, device: torch.device) -> Tensor:
+    """Latents (N, C, T, H, W) for every clip of `batch`."""
+    answers = []
+    for rows in torch.arange(len(batch)).split(batch_size):
+        part = batch.rows(rows).to(device)
+        epsilon = evaluation_noise(tuple(part.latent_BCTHW.shape[1:]), seed, draw, part.position_B)
+        answers.append(answer(epsilon.to(device), condition_of_clips(part)).float().cpu())
+    return torch.cat(answers)
+
+
+def cached(path: Path, key: dict, make: Callable[[], Tensor]) -> Tensor:
+    """`make()`, or what an earlier run stored at `path` under the same key."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    if path.is_file():
+        with safe_open(path, framework="pt") as stored:
+            if (stored.metadata() or {}).get("key") == digest:
+                return stored.get_tensor("latent")
+    value = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({"latent": value.contiguous()}, partial, metadata={"key": digest})
+    partial.replace(path)
+    return value

@@ -1,0 +1,364 @@
+"""`python -m cosmos_mp evaluate`: teacher and students on held-out clips."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cosmos_mp.config import ClipConfig, ConfigError, EvaluateRun, save
+from cosmos_mp.data.batch import Batch
+from cosmos_mp.data.clips import load_index
+from cosmos_mp.data.dataset import LatentDataset
+from cosmos_mp.data.encode import load_window
+from cosmos_mp.data.video import write_video
+from cosmos_mp.diffusion.edm import Condition, Denoiser, bcast
+from cosmos_mp.diffusion.samplers import one_step, sample_teacher
+from cosmos_mp.evaluate import metrics
+from cosmos_mp.evaluate.checks import CHECKS
+from cosmos_mp.evaluate.features import Extractor, LatentPCA, NetworkFeatures, RandomConv, TorchScriptFeatures
+from cosmos_mp.evaluate.generate import Answer, answer_all, cached, condition_of_clips, evaluation_noise
+from cosmos_mp.evaluate.report import format_table, save_results, write_report
+from cosmos_mp.evaluate.statistics import bootstrap, ratio_of_means
+from cosmos_mp.models.weights import fingerprint, named_weights
+from cosmos_mp.parallel.topology import Topology, single_process
+from cosmos_mp.roles import load_transfer_net, unconditional_text
+from cosmos_mp.text import build_text_encoder
+from cosmos_mp.tokenizers import Tokenizer, build_tokenizer
+from cosmos_mp.tokenizers.frames import frames_to_video, video_to_frames
+from cosmos_mp.training.pictures import picture_grid, write_png
+
+TEACHER, TEACHER_ONE_STEP = "teacher", "teacher 1-step"
+PCA_AXES = 32
+FEATURE_SIGMA = 0.1
+"""Noise level at which the frozen teacher looks at a latent."""
+BOOTSTRAPS = 100
+DECODER_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The held-out clips: encoded batch, and frames (N, F, H, W, 3) uint8 of clip and control as the files have them."""
+
+    batch: Batch
+    real: np.ndarray
+    control: np.ndarray
+    thresholds: list[tuple[int, int]] | None
+    captions: list[str]
+    sha256: str
+
+
+def evaluate(config: EvaluateRun) -> dict[str, Any]:
+    """Run the evaluation; writes results.json, report.html, comparison.png and clip.mp4 to `config.out`.
+
+    Returns:
+        The results, see `evaluate.report`.
+    """
+    topology, out = single_process(), Path(config.out)
+    save(config, out / "config.json")
+    tokenizer = build_tokenizer(config.tokenizer)
+    clips = _load_clips(config)
+    networks = _networks(config, topology)
+    answers = _answers(config, topology, networks)
+
+    latents: dict[str, Tensor] = {}
+    for name, (answer, hashes) in answers.items():
+        key = {
+            "seed": config.seed,
+            "weights": hashes,
+            "clips": [config.samples, config.clips],
+            "sampler": dataclasses.asdict(config.sampler),
+        }
+        path = out / "latents" / f"{name.replace(' ', '_')}.safetensors"
+        print(f"evaluate: {name} on {len(clips.batch)} clips", flush=True)
+        latents[name] = cached(path, key, lambda a=answer: answer_all(a, clips.batch, config.seed, 0, config.batch_size, topology.device))
+    videos = {name: _decode(tokenizer, latent, topology.device) for name, latent in latents.items()}
+
+    variants = _measure(config, topology, networks, answers, clips, latents, videos)
+    timing = _timing(config, topology, networks, answers, tokenizer, clips)
+    for name in answers:
+        calls = 1 if name != TEACHER else (config.sampler.steps + 1) * (2 if config.sampler.guidance else 1)
+        variants[name] |= {"calls": calls, "network_ms": timing["network ms"][name], "end_to_end_ms": timing["end to end ms"][name]}
+    described = [metric for metric in METRICS + _extra_metrics(config) if any(metric["key"] in values for values in variants.values())]
+    results = {
+        "run": _about(config, topology, networks),
+        "metrics": described,
+        "variants": variants,
+        "checks": CHECKS[config.checks](variants),
+        "timing": timing,
+    }
+    save_results(out / "results.json", results)
+    picture = _picture(out, clips, videos)
+    clip = _clip(out, clips, videos)
+    curves = {name: log for name, log in _logs(config).items() if log.is_file()}
+    report = write_report(out, results, curves, [picture], clip)
+    print(format_table(results))
+    print(f"picture: {picture}\nreport:  {report}\nresults: {out / 'results.json'}")
+    return results
+
+
+# --- Inputs ---
+
+
+def _load_clips(config: EvaluateRun) -> Clips:
+    expect = {"kind": "clips", "diffusion.latent_shape": config.diffusion.latent_shape, "net.text_dim": config.net.text_dim}
+    store = LatentDataset(Path(config.clips), config.seed, expect=expect)
+    count = min(config.samples, len(store))
+    if count < 2:
+        raise ConfigError(f"{config.clips} holds {len(store)} clips; an evaluation needs at least 2")
+    meta, root = store.reader.header.meta, Path(config.videos)
+    clip = ClipConfig(**meta["clip"])
+    records = {record.id: record for record in load_index(root / "clips.jsonl")}
+    infos = [store.info(index) for index in range(count)]
+    unknown = [info["clip"] for info in infos if info["clip"] not in records]
+    if unknown:
+        raise ConfigError(f"{config.clips} was encoded from a clip {unknown[0]!r} that {root} does not list: give its folder as --videos")
+    windows = [load_window(records[info["clip"]], info["window"], root, clip, meta["seed"]) for info in infos]
+    return Clips(
+        store.fixed(list(range(count))),
+        np.stack([window.video_FHWC for window in windows]),
+        np.stack([window.control_FHWC for window in windows]),
+        [tuple(info["edge_thresholds"]) for info in infos] if clip.control == "edge" else None,
+        [info["caption"] for info in infos],
+        store.reader.sha256,
+    )
+
+
+def _networks(config: EvaluateRun, topology: Topology) -> dict[str, Denoiser]:
+    """Teacher and students by name, frozen."""
+    sources = {TEACHER: config.teacher}
+    for entry in config.students:
+        name, separator, source = entry.partition("=")
+        if not separator or not source or name in (TEACHER, TEACHER_ONE_STEP) or name in sources:
+            raise ConfigError(f"students: {entry!r} must be NAME=WEIGHTS with a name of its own")
+        sources[name] = source
+    networks = {}
+    for name, source in sources.items():
+        network = load_transfer_net(config.net, topology, source, "teacher" if name == TEACHER else "student")
+        networks[name] = Denoiser(network.requires_grad_(False), config.diffusion)
+    return networks
+
+
+def _answers(config: EvaluateRun, topology: Topology, networks: dict[str, Denoiser]) -> dict[str, tuple[Answer, str]]:
+    """How each variant answers, and a hash of its weights."""
+    teacher = networks[TEACHER]
+    unconditional = unconditional_text(config.sampler.unconditional, config.negative_prompt, config.text, topology.device)
+
+    def guided(epsilon: Tensor, condition: Condition) -> Tensor:
+        return sample_teacher(teacher, epsilon, condition, unconditional.expand_as(condition.text_BLD), config.sampler)
+
+    def single(network: Denoiser) -> Answer:
+        return lambda epsilon, condition: one_step(network, epsilon, condition).x0
+
+    hashes = {name: fingerprint(named_weights(denoiser.network)) for name, denoiser in networks.items()}
+    answers: dict[str, tuple[Answer, str]] = {TEACHER: (guided, hashes[TEACHER]), TEACHER_ONE_STEP: (single(teacher), hashes[TEACHER])}
+    return answers | {name: (single(network), hashes[name]) for name, network in networks.items() if name != TEACHER}
+
+
+def _logs(config: EvaluateRun) -> dict[str, Path]:
+    sources = {TEACHER: config.teacher} | dict(entry.split("=", 1) for entry in config.students)
+    return {name: Path(source) / "log.jsonl" for name, source in sources.items()}
+
+
+# --- Measurements ---
+
+REAL = "to the real held-out clips"
+METRICS: list[dict[str, Any]] = [
+    {"key": "calls", "label": "network calls per clip", "unit": "", "better": "lower"},
+    {"key": "network_ms", "label": "wall time, network", "unit": "ms", "better": "lower", "note": "median, one clip at a time"},
+    {"key": "end_to_end_ms", "label": "wall time, end to end", "unit": "ms", "better": "lower", "note": "text, control, network, decoder"},
+    {"key": "mse", "label": "MSE to the teacher's answer", "unit": "", "better": "lower", "note": "same noise, latent space"},
+    {"key": "frechet_teacher", "label": "Fréchet, teacher features", "unit": "", "better": "lower", "note": REAL},
+    {"key": "frechet_latent_pca", "label": "Fréchet, latent PCA", "unit": "", "better": "lower", "note": REAL},
+    {
+        "key": "frechet_random_conv",
+        "label": "Fréchet, random convolution",
+        "unit": "",
+        "better": "lower",
+        "note": "to the real held-out clips",
+    },
+    {"key": "sharpness", "label": "sharpness / real", "unit": "", "better": "one", "note": "Laplacian energy"},
+    {"key": "texture", "label": "texture / real", "unit": "", "better": "one", "note": "energy of the background's stripes"},
+    {"key": "edge_f1", "label": "edge F1 against the control", "unit": "", "better": "higher", "note": "1 pixel tolerance"},
+    {"key": "diversity", "label": "diversity", "unit": "", "better": None, "note": "RMS distance of answers to one control"},
+]
+
+
+def _extra_metrics(config: EvaluateRun) -> list[dict[str, Any]]:
+    if not config.features:
+        return []
+    name = Path(config.features).stem
+    return [{"key": f"frechet_{name}", "label": f"Fréchet, {name}", "unit": "", "better": "lower", "note": REAL}]
+
+
+def _measure(
+    config: EvaluateRun,
+    topology: Topology,
+    networks: dict[str, Denoiser],
+    answers: dict[str, tuple[Answer, str]],
+    clips: Clips,
+    latents: dict[str, Tensor],
+    videos: dict[str, np.ndarray],
+) -> dict[str, dict[str, Any]]:
+    real = clips.batch.latent_BCTHW
+    extractors: list[Extractor] = [
+        NetworkFeatures(_teacher_features(config, topology, networks[TEACHER], clips.batch)),
+        LatentPCA.fit(real, min(PCA_AXES, len(real) - 1)),
+        RandomConv(channels=real.shape[1]),
+        *([TorchScriptFeatures(config.features, topology.device)] if config.features else []),
+    ]
+    real_features = {extractor.name: extractor(real, clips.real) for extractor in extractors}
+    real_sharpness = np.array([metrics.sharpness(video) for video in clips.real])
+    variants: dict[str, dict[str, Any]] = {"real": {}}
+    if config.texture_period:
+        real_texture = np.array([metrics.band_energy(video, config.texture_period) for video in clips.real])
+    for name in [*latents, "real"]:
+        video = clips.real if name == "real" else videos[name]
+        values = variants.setdefault(name, {})
+        if name != "real":
+            if name != TEACHER:
+                values["mse"] = bootstrap(np.mean, metrics.mse_to(latents[name], latents[TEACHER]), repeats=BOOTSTRAPS)
+            for extractor in extractors:
+                features = extractor(latents[name], video)
+                distance = bootstrap(metrics.frechet, features, real_features[extractor.name], repeats=BOOTSTRAPS)
+                values[f"frechet_{extractor.name}"] = distance
+            answer = answers[name][0]
+            values["diversity"] = _diversity(config, topology, answer, clips.batch)
+            sharpness = np.array([metrics.sharpness(frames) for frames in video])
+            values["sharpness"] = bootstrap(ratio_of_means, sharpness, real_sharpness, repeats=BOOTSTRAPS)
+            if config.texture_period:
+                texture = np.array([metrics.band_energy(frames, config.texture_period) for frames in video])
+                values["texture"] = bootstrap(ratio_of_means, texture, real_texture, repeats=BOOTSTRAPS)
+        if clips.thresholds is not None:
+            scores = [metrics.edge_f1(v, c, *t)[2] for v, c, t in zip(video, clips.control, clips.thresholds, strict=True)]
+            values["edge_f1"] = bootstrap(np.mean, np.array(scores), repeats=BOOTSTRAPS)
+    variants["real"] = variants.pop("real")  # last column
+    return variants
+
+
+def _teacher_features(config: EvaluateRun, topology: Topology, teacher: Denoiser, batch: Batch) -> Callable[[Tensor], Tensor]:
+    """Output of the teacher's middle block at a small noise level, under each clip's own condition, averaged over T, H, W."""
+    block = config.net.blocks // 2
+
+    def features(latents: Tensor) -> Tensor:
+        rows = []
+        for index in torch.arange(len(latents)).split(config.batch_size):
+            part = batch.rows(index).to(topology.device)
+            latent = latents[index].to(topology.device)
+            sigma = torch.full((len(index),), FEATURE_SIGMA, device=topology.device)
+            epsilon = evaluation_noise(tuple(latent.shape[1:]), config.seed, -1, part.position_B).to(latent)
+            noisy = latent + bcast(sigma) * epsilon
+            rows.append(teacher(noisy, sigma, condition_of_clips(part), feature_blocks=(block,), tail="none").features[0].mean((1, 2, 3)))
+        return torch.cat(rows)
+
+    return features
+
+
+def _diversity(config: EvaluateRun, topology: Topology, answer: Answer, batch: Batch) -> Any:
+    """Mean pairwise distance of a clip's answers to different noises, over the first clips."""
+    count = min(config.diversity_clips, len(batch))
+    part = batch.rows(torch.arange(count))
+    draws = [answer_all(answer, part, config.seed, draw, config.batch_size, topology.device) for draw in range(config.diversity_noises)]
+    per_clip = np.array([metrics.diversity(answers) for answers in torch.stack(draws, dim=1)])
+    return bootstrap(np.mean, per_clip, repeats=BOOTSTRAPS)
+
+
+@torch.no_grad()
+def _timing(
+    config: EvaluateRun,
+    topology: Topology,
+    networks: dict[str, Denoiser],
+    answers: dict[str, tuple[Answer, str]],
+    tokenizer: Tokenizer,
+    clips: Clips,
+) -> dict[str, Any]:
+    """Median wall times for one clip: network alone, and from caption and control video to frames."""
+    one = clips.batch.rows(torch.arange(1)).to(topology.device)
+    epsilon = evaluation_noise(tuple(one.latent_BCTHW.shape[1:]), config.seed, 0, one.position_B).to(topology.device)
+    control = frames_to_video(clips.control[:1]).to(topology.device)
+    encoder = build_text_encoder(config.text)
+
+    def end_to_end(answer: Answer) -> None:
+        text = encoder.encode(clips.captions[:1]).to(topology.device)
+        latent = answer(epsilon, Condition(text, tokenizer.encode(control), one.fps_B, one.padding_mask_BHW))
+        tokenizer.decode(latent)
+
+    network, whole = {}, {}
+    for name, (answer, _) in answers.items():
+        repeats = 3 if name == TEACHER else config.timing_repeats
+        network[name] = _median_ms(lambda a=answer: a(epsilon, condition_of_clips(one)), repeats, topology.device)
+        whole[name] = _median_ms(lambda a=answer: end_to_end(a), repeats, topology.device)
+    return {"network ms": network, "end to end ms": whole, "repeats": {"teacher": 3, "one call": config.timing_repeats}}
+
+
+def _median_ms(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
+
+
+# --- Outputs ---
+
+
+@torch.no_grad()
+def _decode(tokenizer: Tokenizer, latents: Tensor, device: torch.device) -> np.ndarray:
+    """Latents (N, C, T, h, w) -> uint8 frames (N, F, H, W, 3)."""
+    return np.concatenate([video_to_frames(tokenizer.decode(part.to(device))) for part in latents.split(DECODER_BATCH)])
+
+
+def _rows(clips: Clips, videos: dict[str, np.ndarray], index: int) -> dict[str, np.ndarray]:
+    return {name: video[index] for name, video in videos.items()} | {"control": clips.control[index], "real": clips.real[index]}
+
+
+def _picture(out: Path, clips: Clips, videos: dict[str, np.ndarray], count: int = 3) -> Path:
+    """Rows variants, control and real; columns first, middle and last frame; a few clips side by side."""
+    grids = [picture_grid(_rows(clips, videos, index)) for index in range(min(count, len(clips.real)))]
+    path = out / "comparison.png"
+    write_png(path, np.concatenate(grids, axis=1))
+    return path
+
+
+def _clip(out: Path, clips: Clips, videos: dict[str, np.ndarray], count: int = 4) -> Path:
+    """A film: one row per clip, one column per variant, then control and real."""
+    rows = []
+    for index in range(min(count, len(clips.real))):
+        rows.append(np.concatenate(list(_rows(clips, videos, index).values()), axis=2))
+    film = np.concatenate(rows, axis=1)
+    scale = max(1, 1280 // film.shape[2])
+    film = film.repeat(scale, axis=1).repeat(scale, axis=2)
+    path = out / "clip.mp4"
+    write_video(path, film[:, : film.shape[1] // 2 * 2, : film.shape[2] // 2 * 2], float(clips.batch.fps_B[0]))
+    return path
+
+
+def _about(config: EvaluateRun, topology: Topology, networks: dict[str, Denoiser]) -> dict[str, Any]:
+    revision = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": revision.stdout.strip() or "unknown",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {topology.device.type}",
+        "torch": torch.__version__,
+        "clips": config.samples,
+        "seed": config.seed,
+        "guidance": f"{config.sampler.guidance} (Ho-Salimans {config.sampler.guidance + 1})",
+        "variants": [TEACHER, TEACHER_ONE_STEP, *[name for name in networks if name != TEACHER]],
+        "parameters": sum(p.numel() for p in networks[TEACHER].network.parameters()),
+    }

@@ -1,0 +1,76 @@
+"""Networks of a run by role: made, filled and placed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cosmos_mp.backends.local import LocalBackend
+from cosmos_mp.config import ConfigError, HeadConfig, NetConfig, TextConfig
+from cosmos_mp.convert.huggingface import import_huggingface
+from cosmos_mp.convert.nvidia import read_networks
+from cosmos_mp.models.discriminator import Discriminator
+from cosmos_mp.models.transfer import TransferNet
+from cosmos_mp.models.weights import build, initialize, load_weights
+from cosmos_mp.parallel.topology import Topology
+from cosmos_mp.presets import NEGATIVE_PROMPT
+from cosmos_mp.text import build_text_encoder
+from cosmos_mp.training.checkpoint import load_weights_of
+
+
+def transfer_net(net: NetConfig, topology: Topology) -> TransferNet:
+    """An unfilled network on the topology's device."""
+    return build(lambda: TransferNet(net, LocalBackend(topology.tp_group)), topology.device)
+
+
+def new_transfer_net(net: NetConfig, topology: Topology, seed: int) -> TransferNet:
+    """A network with first values."""
+    network = transfer_net(net, topology)
+    initialize(network, seed)
+    return network
+
+
+def load_transfer_net(net: NetConfig, topology: Topology, source: str, role: str) -> TransferNet:
+    """A network with the weights of `source`, loaded strictly.
+
+    Args:
+        source: what `read_weights` takes.
+        role: whose weights, where the source is a run.
+    """
+    network = transfer_net(net, topology)
+    load_weights(network, read_weights(source, role), source)
+    return network
+
+
+def read_weights(source: str, role: str) -> dict[str, Tensor]:
+    """Weights under our names.
+
+    Args:
+        source: a run or checkpoint folder of ours (the average of the role where one is kept), a Hugging Face folder, NVIDIA's combined
+            teacher or student file, or two files joined by a comma, base and control.
+        role: whose weights, where the source is a run.
+    """
+    if not source:
+        raise ConfigError(f"no weights given for the {role}: name a run folder or a weight file")
+    path = Path(source)
+    if (path / "model_index.json").is_file():
+        return import_huggingface(path)[0]
+    if path.is_dir():
+        return load_weights_of(path, role)
+    return read_networks([Path(part) for part in source.split(",")])
+
+
+def new_discriminator(net: NetConfig, head: HeadConfig, topology: Topology, seed: int) -> Discriminator:
+    """A discriminator with first values for features of the network's width."""
+    discriminator = build(lambda: Discriminator(net.hidden, head), topology.device)
+    initialize(discriminator, seed)
+    return discriminator
+
+
+def unconditional_text(kind: str, prompt: str, text: TextConfig, device: torch.device) -> Tensor:
+    """Embedding (L, D) of the unconditional branch: zeros, or the negative prompt (the recipe's own where `prompt` is empty)."""
+    if kind == "empty":
+        return torch.zeros(text.tokens, text.dim, device=device)
+    return build_text_encoder(text).encode([prompt or NEGATIVE_PROMPT])[0].to(device)

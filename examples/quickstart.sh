@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# The whole job on a laptop: clips -> teacher -> pairs -> KD -> DMD2 -> evaluation -> Hugging Face folder -> one clip.
+#   bash examples/quickstart.sh [--fast] [--videos DIR] [--out DIR] [--seed N]
+# Interrupted at any point and started again, it goes on where it was.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() { sed -n '2,4s/^# \{0,1\}//p' "$0"; exit 2; }
+fast='' videos='' out='' seed=0
+while [ $# -gt 0 ]; do
+  case $1 in
+    --fast) fast=1 ;;
+    --videos | --out | --seed) [ $# -gt 1 ] || usage; declare "${1#--}=$2"; shift ;;
+    *) echo "error: unknown option $1" >&2; usage ;;
+  esac
+  shift
+done
+out=${out:-runs/quickstart${fast:+-fast}}
+
+. examples/setup.sh
+set_up ''
+began=$SECONDS
+say() { printf '\n== %s (%d s)\n' "$1" $((SECONDS - began)); }
+
+# --- Sizes: the whole recipe, or each stage shortened ---
+clips=4608 pairs=256 teacher=2600 kd=200 dmd2=400 samples=512 checks=recipe
+if [ -n "$fast" ]; then clips=192 pairs=32 teacher=60 kd=20 dmd2=20 samples=16 checks=speed; fi
+if [ -n "$videos" ] && [ "$checks" = recipe ]; then checks=speed; fi # the recipe's promises are about its own clips
+
+tokenizer=(--tokenizer.path "$out/tokenizer.safetensors")
+train=(--holdout "$out/clips/holdout" "${tokenizer[@]}" --train.seed "$seed")
+
+if [ -z "$videos" ]; then
+  videos=$out/videos
+  say "synthetic clips"
+  python -m cosmos_mp synthesize "$videos" "$clips" --seed "$seed"
+fi
+
+say "index and encode the clips in $videos"
+python -m cosmos_mp index "$videos" --min-frames 9
+python -m cosmos_mp fit-tokenizer "$videos" "$out/tokenizer.safetensors"
+for split in train holdout; do
+  python -m cosmos_mp encode tiny_encode --videos "$videos" --out "$out/clips/$split" --split "$split" --seed "$seed" "${tokenizer[@]}"
+done
+
+say "teacher"
+python pretrain_scripts/pretrain_teacher.py tiny_teacher --out "$out/teacher" --clips "$out/clips/train" "${train[@]}" \
+  --train.iterations "$teacher"
+
+say "pairs: the teacher's 36-step answers"
+python pretrain_scripts/generate_pairs.py tiny_pairs --out "$out/pairs" --clips "$out/clips/train" --teacher "$out/teacher" \
+  --count "$pairs" --seed "$seed"
+
+say "KD"
+python pretrain_scripts/pretrain_kd.py tiny_kd --out "$out/kd" --pairs "$out/pairs" --teacher "$out/teacher" "${train[@]}" \
+  --train.iterations "$kd"
+
+for gan in 0.3 0; do
+  run=$out/dmd2 && [ "$gan" != 0 ] || run=$out/dmd2_without_gan
+  say "DMD2, GAN weight $gan"
+  python pretrain_scripts/pretrain_dmd2.py tiny_dmd2 --out "$run" --clips "$out/clips/train" --teacher "$out/teacher" --student "$out/kd" \
+    "${train[@]}" --train.iterations "$dmd2" --dmd2.gan_weight "$gan"
+done
+
+say "Hugging Face folder, loaded again with diffusers"
+[ -d "$out/student" ] || python -m cosmos_mp convert tiny_sample "$out/dmd2" "$out/student"
+
+say "one clip from that folder"
+clip=$(find "$videos" -name '*.mp4' | sort | head -n 1)
+python -m cosmos_mp sample tiny_sample --student "$out/student" --video "$clip" --prompt "a red circle moving right" \
+  --out "$out/sample.mp4" "${tokenizer[@]}" --seed "$seed"
+
+say "evaluation"
+python -m cosmos_mp evaluate tiny_evaluate --out "$out/evaluation" --clips "$out/clips/holdout" --videos "$videos" \
+  --teacher "$out/teacher" --students "KD=$out/kd" "DMD2 without GAN=$out/dmd2_without_gan" "DMD2=$out/dmd2" \
+  --samples "$samples" "${tokenizer[@]}" --seed "$seed" --checks "$checks"
+printf '\nclip:    %s\nstudent: %s\ndone in %d s\n' "$out/sample.mp4" "$out/student" $((SECONDS - began))

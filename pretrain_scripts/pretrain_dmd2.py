@@ -1,0 +1,54 @@
+"""DMD2: score distillation and a GAN on real clips; four critic iterations for each of the student.
+
+python pretrain_scripts/pretrain_dmd2.py PRESET [--section.option value ...] [--dry-run]
+"""
+
+from cosmos_mp.cli import stage_main
+from cosmos_mp.config import DMD2Run
+from cosmos_mp.diffusion.edm import Denoiser
+from cosmos_mp.diffusion.samplers import one_step
+from cosmos_mp.distill.dmd2 import DMD2
+from cosmos_mp.parallel.recompute import recompute_blocks
+from cosmos_mp.parallel.topology import single_process
+from cosmos_mp.roles import load_transfer_net, new_discriminator, unconditional_text
+from cosmos_mp.training.stage import open_store, train
+
+
+def main(config: DMD2Run) -> int:
+    # --- Data ---
+    clips = open_store(config.clips, "clips", config)
+
+    # --- Roles: after KD the student is no longer the teacher; the fake score starts as either ---
+    topology, net, options = single_process(), config.net, config.dmd2
+    starts = {
+        "teacher": (config.teacher, "teacher"),
+        "student": (config.student, "student") if config.student else (config.teacher, "teacher"),
+    }
+    networks = {
+        "student": load_transfer_net(net, topology, *starts["student"]),
+        "teacher": load_transfer_net(net, topology, *starts["teacher"]).requires_grad_(False),
+    }
+    optim = {"student": config.optim_student}
+    if not options.ladd:
+        networks["fake_score"] = load_transfer_net(net, topology, *starts[options.fake_score_init])
+        optim["fake_score"] = config.optim_fake_score
+    if options.gan_weight > 0:
+        networks["discriminator"] = new_discriminator(net, config.head, topology, config.train.seed)
+        optim["discriminator"] = config.optim_discriminator
+    if config.train.recompute == "full":
+        for network in networks.values():
+            recompute_blocks(network)
+    unconditional = unconditional_text(options.unconditional, config.negative_prompt, config.text, topology.device)
+
+    # --- Method and loop ---
+    method = DMD2(networks, config.diffusion, options, config.head, unconditional, config.train.seed)
+    rows = {
+        "student 1-step": Denoiser(networks["student"], config.diffusion),
+        "teacher 1-step": Denoiser(networks["teacher"], config.diffusion),
+    }
+    answers = {name: lambda epsilon, condition, d=d: one_step(d, epsilon, condition).x0 for name, d in rows.items()}
+    return train(config, topology, method, clips, optim, answers)
+
+
+if __name__ == "__main__":
+    stage_main(DMD2Run, main)

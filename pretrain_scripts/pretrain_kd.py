@@ -1,0 +1,38 @@
+"""Knowledge distillation: one call from the stored noise must land on the teacher's stored answer.
+
+python pretrain_scripts/pretrain_kd.py PRESET [--section.option value ...] [--dry-run]
+"""
+
+from cosmos_mp.cli import stage_main
+from cosmos_mp.config import KDRun
+from cosmos_mp.diffusion.edm import Denoiser
+from cosmos_mp.diffusion.samplers import one_step
+from cosmos_mp.distill.kd import KD
+from cosmos_mp.parallel.recompute import recompute_blocks
+from cosmos_mp.parallel.topology import single_process
+from cosmos_mp.roles import load_transfer_net
+from cosmos_mp.training.stage import open_store, train
+
+
+def main(config: KDRun) -> int:
+    # --- Data ---
+    pairs = open_store(config.pairs, "pairs", config)
+
+    # --- Roles: the student starts as the teacher; a frozen teacher is needed for the pictures alone ---
+    topology = single_process()
+    student = load_transfer_net(config.net, topology, config.teacher, "teacher")
+    if config.train.recompute == "full":
+        recompute_blocks(student)
+    answering = {"student 1-step": Denoiser(student, config.diffusion)}
+    if config.train.picture_every:
+        teacher = load_transfer_net(config.net, topology, config.teacher, "teacher").requires_grad_(False)
+        answering["teacher 1-step"] = Denoiser(teacher, config.diffusion)
+
+    # --- Method and loop ---
+    method = KD(student, config.diffusion, config.train.seed)
+    answers = {name: lambda epsilon, condition, d=d: one_step(d, epsilon, condition).x0 for name, d in answering.items()}
+    return train(config, topology, method, pairs, {"student": config.optim_student}, answers)
+
+
+if __name__ == "__main__":
+    stage_main(KDRun, main)

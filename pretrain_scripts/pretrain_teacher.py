@@ -1,0 +1,38 @@
+"""Train a teacher: EDM denoising of encoded clips with text dropout, control on.
+
+python pretrain_scripts/pretrain_teacher.py PRESET [--section.option value ...] [--dry-run]
+"""
+
+from cosmos_mp.cli import stage_main
+from cosmos_mp.config import TeacherRun
+from cosmos_mp.diffusion.edm import Denoiser
+from cosmos_mp.diffusion.samplers import one_step
+from cosmos_mp.distill.teacher import TeacherPretraining
+from cosmos_mp.parallel.recompute import recompute_blocks
+from cosmos_mp.parallel.topology import single_process
+from cosmos_mp.roles import load_transfer_net, new_transfer_net
+from cosmos_mp.training.stage import open_store, train
+
+
+def main(config: TeacherRun) -> int:
+    # --- Data: stores are opened first, so that a wrong path costs seconds ---
+    clips = open_store(config.clips, "clips", config)
+
+    # --- Role ---
+    topology = single_process()
+    if config.init:
+        teacher = load_transfer_net(config.net, topology, config.init, "teacher")
+    else:
+        teacher = new_transfer_net(config.net, topology, config.train.seed)
+    if config.train.recompute == "full":
+        recompute_blocks(teacher)
+
+    # --- Method and loop ---
+    method = TeacherPretraining(teacher, config.diffusion, config.loss, config.train.seed)
+    denoiser = Denoiser(teacher, config.diffusion)
+    answers = {"teacher 1-step": lambda epsilon, condition: one_step(denoiser, epsilon, condition).x0}
+    return train(config, topology, method, clips, {"teacher": config.optim_teacher}, answers, ema_role="teacher")
+
+
+if __name__ == "__main__":
+    stage_main(TeacherRun, main)

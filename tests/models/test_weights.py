@@ -1,0 +1,150 @@
+"""Construction, strict loading, first values and fingerprints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cosmos_mp.backends.local import LocalBackend
+from cosmos_mp.config import HeadConfig
+from cosmos_mp.models.discriminator import Discriminator
+from cosmos_mp.models.transfer import TransferNet
+from cosmos_mp.models.weights import WeightError, build, fingerprint, initialize, load_weights, named_weights
+from cosmos_mp.parallel.topology import single_process
+
+
+@pytest.fixture
+def make_new(tiny_net):
+    """A network with first values."""
+
+    def make(seed: int = 0, **changes) -> TransferNet:
+        network = build(lambda: TransferNet(tiny_net(**changes), LocalBackend(single_process().tp_group)), "cpu")
+        initialize(network, seed)
+        return network
+
+    return make
+
+
+def copies(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in named_weights(network).items()}
+
+
+def test_build_leaves_nothing_on_meta_and_takes_the_dtype(make_network):
+    network = make_network(dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in network.parameters()} == {("cpu", torch.float64)}
+
+
+def test_named_weights_are_the_parameters_without_extra_state(make_network):
+    network = make_network()
+    assert named_weights(network).keys() == dict(network.named_parameters()).keys()
+
+
+def test_loading_copies_every_tensor(make_network, make_input):
+    source, target = make_network(seed=1), make_network(seed=2)
+    load_weights(target, copies(source), "source")
+    assert torch.equal(target(make_input()).out, source(make_input()).out)
+    assert all(torch.equal(a, b) for a, b in zip(copies(source).values(), copies(target).values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda w: w.pop("base.time.norm.weight"), "1 missing: base.time.norm.weight"),
+        (lambda w: w.update(stranger=torch.zeros(2)), "1 unexpected: stranger"),
+        (
+            lambda w: w.update({"control.zero.1.bias": torch.zeros(23)}),
+            r"1 of another shape: control.zero.1.bias is \(23,\), expected \(24,\)",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_named_and_nothing_is_copied(make_network, spoil, message):
+    target = make_network(seed=2)
+    before, weights = copies(target), copies(make_network(seed=1))
+    spoil(weights)
+    with pytest.raises(WeightError, match=rf"some/file.*{message}"):
+        load_weights(target, weights, "some/file")
+    assert all(torch.equal(before[name], value) for name, value in copies(target).items())
+
+
+def test_all_complaints_come_at_once(make_network):
+    weights = copies(make_network())
+    del weights["base.time.norm.weight"]
+    weights |= {"stranger": torch.zeros(2), "control.zero.1.bias": torch.zeros(1)}
+    with pytest.raises(WeightError, match="missing.*unexpected.*another shape"):
+        load_weights(make_network(), weights, "file")
+
+
+def test_first_values_depend_on_the_seed_and_the_name_alone(make_new):
+    first, again, other = copies(make_new(3)), copies(make_new(3)), copies(make_new(4))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["base.patch_embed.weight"], other["base.patch_embed.weight"])
+    assert not torch.equal(first["base.patch_embed.weight"], first["control.patch_embed.weight"])
+    deeper = copies(make_new(3, blocks=4))
+    assert all(torch.equal(value, deeper[name]) for name, value in first.items())
+
+
+def test_blocks_start_as_the_identity_and_the_control_is_silent(make_new, make_input):
+    network, call, seen = make_new(), make_input(dtype=torch.float32), []
+    for block in (*network.base.blocks, *network.control.blocks):
+        block.register_forward_hook(lambda _, args, out: seen.append(torch.equal(out, args[0] + args[1])))
+    residuals = network.control(call)
+    assert all(not residual.any() for residual in residuals)
+    out = network(call).out
+    assert seen and all(seen)
+    assert out.std() > 0.05
+    assert not network.control.control_tokens(call).any()
+
+
+def test_first_values_of_every_kind_of_weight(make_new):
+    weights = copies(make_new())
+    for name, value in weights.items():
+        if name.endswith("bias") or "_mod.up." in name or ".mod.up." in name or ".zero." in name or "time.linear_2" in name:
+            assert not value.any(), name
+        elif value.dim() == 1:
+            assert (value == 1).all(), name
+        elif ".position." in name:
+            assert 0.014 < value.std() < 0.026, name
+        elif name != "control.control_mlp.4.weight":
+            rows, columns = value.shape
+            bound = (6 / (rows + columns)) ** 0.5
+            assert 0.7 * bound < value.abs().max() <= bound, name
+            assert value.min() < 0 < value.max(), name
+    assert not weights["control.control_mlp.4.weight"].any()
+
+
+def test_only_the_last_layer_of_the_control_mlp_is_zero_whatever_its_widths(make_new):
+    weights = copies(make_new(control_mlp=(24, 24)))
+    assert [bool(weights[f"control.control_mlp.{index}.weight"].any()) for index in (0, 2, 4)] == [True, True, False]
+
+
+@pytest.mark.parametrize("kind", ["conv3d", "conv2d", "attention", "spatial_temporal"])
+def test_first_values_of_the_heads(kind):
+    discriminator = build(lambda: Discriminator(24, HeadConfig(kind, 16, (0, 1))), "cpu")
+    initialize(discriminator, 0)
+    for name, value in copies(discriminator).items():
+        if name.endswith("bias"):
+            assert not value.any(), name
+        elif value.dim() == 1:
+            assert (value == 1).all(), name
+        else:
+            # Xavier: each side counts the positions of the kernel.
+            size = value[0, 0].numel()
+            bound = (6 / (size * (value.shape[0] + value.shape[1]))) ** 0.5
+            assert 0.5 * bound < value.abs().max() <= bound, name
+
+
+def test_fingerprint_tells_networks_apart(make_network):
+    weights = copies(make_network())
+    reference = fingerprint(weights)
+    assert reference == fingerprint(dict(reversed(weights.items()))) == fingerprint(copies(make_network()))
+    name = "control.zero.1.bias"
+    nudged = weights[name].clone()
+    nudged[0] = nudged[0].nextafter(torch.tensor(9.0).double())
+    variants = (
+        {**weights, name: nudged},
+        {**weights, name: weights[name].float()},
+        {**weights, name: weights[name].reshape(4, 6)},
+        {**{k: v for k, v in weights.items() if k != name}, "renamed": weights[name]},
+        {k: v for k, v in weights.items() if k != name},
+    )
+    assert len({reference, *(fingerprint(variant) for variant in variants)}) == 6
