@@ -28,6 +28,7 @@ setup(
         "tqdm",
         "tensorboard",
         "matplotlib",
+        "jinja2",
         "transformers>=4.50",
         "diffusers>=0.40",
         "accelerate",

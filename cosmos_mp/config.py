@@ -53,6 +53,8 @@ class NetConfig:
     def __post_init__(self) -> None:
         if self.hidden % self.heads or self.head_dim % 2 or self.head_dim < 12:
             raise ConfigError(f"net.hidden={self.hidden} over net.heads={self.heads} must give an even head size of at least 12")
+        if self.control_channels < self.latent_channels:
+            raise ConfigError(f"net.control_channels={self.control_channels} cannot hold a control of {self.latent_channels} channels")
         if not 0 < self.control_blocks <= self.blocks:
             raise ConfigError(f"net.control_blocks={self.control_blocks} must lie in 1..net.blocks={self.blocks}")
 
@@ -67,6 +69,10 @@ class HeadConfig:
     """Base blocks whose output is judged, ascending, 0-based; one head each."""
     first_frame: int = 0
     """Latent frames before this one are not judged."""
+
+    def __post_init__(self) -> None:
+        if self.hidden % 8:
+            raise ConfigError(f"head.hidden={self.hidden} must be a multiple of the 8 groups of its norm")
 
 
 @dataclass(frozen=True)
@@ -453,7 +459,7 @@ def load(path: Path) -> Run:
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not valid JSON ({error}); restore it or start the run in another folder") from None
     stage = values.pop("stage", None) if isinstance(values, dict) else None
-    if stage not in STAGES:
+    if not isinstance(stage, str) or stage not in STAGES:
         raise ConfigError(f"{path}: stage is {stage!r}, expected one of {', '.join(STAGES)}")
     return _build(STAGES[stage], values, str(path))
 

@@ -88,9 +88,9 @@ def read_control(root: Path, kind: str, record: ClipRecord, start: int, frames: 
     path = root / kind / f"{record.id}.mp4"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no {kind} control of clip {record.id}; make it, or train with control edge or vis")
-    wanted = range(start, start + frames * stride, stride)
-    if start < 0 or frames < 1 or stride < 1 or wanted[-1] >= record.num_frames:
+    if start < 0 or frames < 1 or stride < 1 or start + (frames - 1) * stride >= record.num_frames:
         raise ValueError(f"{path}: no window of {frames} frames from {start} at stride {stride} in {record.num_frames} frames")
+    wanted = range(start, start + frames * stride, stride)
     window, size, count = [], (0, 0), 0
     for count, frame in enumerate(decode(path), start=1):  # to its end: a control of another length belongs to another clip
         size = (frame.width, frame.height)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,12 +121,14 @@ def encode_clips(
         for record in records if missing else []:
             text.encode([record.caption])
     total = sum(len(header.samples(shard)) for shard in missing)
-    with tqdm(total=total, desc="encode", unit="clip", disable=not progress or not missing) as bar:
+    with tqdm(
+        total=total, desc="encode", unit="clip", mininterval=2 if sys.stderr.isatty() else 15, disable=not progress or not missing
+    ) as bar:
         for shard in missing:
             samples: list[Sample] = []
             ids, size = header.samples(shard), _batch_size(clip)
             for numbers in (ids[i : i + size] for i in range(0, len(ids), size)):
-                windows = [_window(records[i // clip.windows], i % clip.windows, root, clip, seed) for i in numbers]
+                windows = [load_window(records[i // clip.windows], i % clip.windows, root, clip, seed) for i in numbers]
                 samples += _encode(windows, tokenizer, text, header)
                 bar.update(len(numbers))
             writer.write(shard, samples)
@@ -168,7 +171,7 @@ def _fields(clip: ClipConfig, tokenizer: Tokenizer, text: TextConfig, padded: bo
     return fields | ({"padding_mask": Field((clip.height, clip.width), torch.uint8)} if padded else {})
 
 
-def _window(record: ClipRecord, draw: int, root: Path, clip: ClipConfig, seed: int) -> Window:
+def load_window(record: ClipRecord, draw: int, root: Path, clip: ClipConfig, seed: int) -> Window:
     """Read a window of a clip at its final size, and make its control."""
     start = window_start(record, clip.frames, clip.stride, seed=seed, draw=draw)
     try:

@@ -212,8 +212,7 @@ class _ArraysOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._ADMITTED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        # numpy 2 renamed numpy.core; the old name only warns.
-        return super().find_class(module.replace("numpy.core.", "numpy._core."), name)
+        return super().find_class(module, name)
 
 
 def read_nvidia_pickle(path: Path, dim: int = 1024) -> Tensor:

@@ -99,7 +99,7 @@ class TinyTokenizer(nn.Module):
         """
         path = Path(path)
         path = path / FILE if path.is_dir() else path
-        remedy = "fit it again (`fit_tiny(clips, seed).save(folder)`) or correct tokenizer.path"
+        remedy = "fit it again with `python -m cosmos_mp fit-tokenizer` or correct tokenizer.path"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such tokenizer; {remedy}")
         try:
@@ -198,7 +198,7 @@ def _fit_encoder(kind: str, clips: Sequence[np.ndarray] | np.ndarray, chosen: np
     mean = total / count
     values, vectors = torch.linalg.eigh(moment / count - torch.outer(mean, mean))
     values, vectors = values.flip(0)[:LATENT_CHANNELS], vectors.flip(1)[:, :LATENT_CHANNELS]
-    if values[-1] <= 1e-9 * values[0] or count <= LATENT_CHANNELS:
+    if values[-1] <= 1e-9 * values[0]:
         raise ValueError(f"the clips vary in fewer than {LATENT_CHANNELS} directions; fit the tokenizer to more, or less uniform, clips")
     # An eigenvector's sign is arbitrary: its largest entry is made positive.
     largest = vectors.abs().argmax(0)

@@ -124,13 +124,13 @@ def test_the_tokenizer_may_move(world: World, store: Path, tmp_path: Path) -> No
     assert world._replace(tokenizer=TokenizerConfig("tiny", str(moved))).encode(store)
 
 
-def test_vis_control(world: World, tmp_path: Path) -> None:
-    assert world.encode(tmp_path, replace(CLIP, control="vis"), limit=3)
+def test_vis_control_is_drawn_per_window(world: World, tmp_path: Path) -> None:
+    assert world.encode(tmp_path, replace(CLIP, control="vis", windows=2), limit=2)
     reader = ShardReader(tmp_path)
-    for number, record in enumerate(world.index[:3]):
-        info = reader.info(number)
+    for number in range(4):
+        record, info = world.index[number // 2], reader.info(number)
         frames = read_window(world.root / record.video, info["start"], 9)
-        expected = latent_of(world, vis(frames, seed=SEED, clip_id=record.id, draw=0))
+        expected = latent_of(world, vis(frames, seed=SEED, clip_id=record.id, draw=number % 2))
         torch.testing.assert_close(reader.read(number)["control"], expected, atol=1e-5, rtol=0)
         assert "edge_thresholds" not in info
 
@@ -164,6 +164,8 @@ def test_windows_of_one_clip_draw_for_themselves(world: World, tmp_path: Path) -
         assert info["start"] == window_start(record, 5, 2, seed=SEED, draw=number % 4)
         frames = read_window(world.root / record.video, info["start"], 5, 2)
         torch.testing.assert_close(reader.read(number)["latent"], latent_of(world, frames), atol=1e-5, rtol=0)
+        control = edge(frames, *info["edge_thresholds"])
+        torch.testing.assert_close(reader.read(number)["control"], latent_of(world, control), atol=1e-5, rtol=0)
 
 
 def test_padding_is_stored_where_a_clip_needs_it(world: World, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Video files: exact colours and frames, whole files or none, clear errors."""
 
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -16,10 +17,10 @@ def _flat(size: int = 32) -> np.ndarray:
     return np.broadcast_to(COLOURS[:, None, None], (len(COLOURS), size, size, 3)).copy()
 
 
-def _encode(path: Path, frames: np.ndarray, *, matrix: int = 6, full: bool = False) -> None:
-    """Near-lossless H.264 whose tags really say `matrix` and range, with pixels to match."""
+def _encode(path: Path, frames: np.ndarray, *, codec: str = "libx264", matrix: int = 6, full: bool = False) -> None:
+    """A near-lossless file whose tags really say `matrix` and range, with pixels to match."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=24, options={"crf": "4"})
+        stream = container.add_stream(codec, rate=24, options={"crf": "4"})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 2 if full else 1
         for frame in frames:
@@ -62,8 +63,9 @@ def test_colours_are_bt601_whatever_the_tag_says(tmp_path):
     assert np.array_equal(read_video(tmp_path / "709.mp4")[0], expected)
 
 
-def test_full_range_is_honoured(tmp_path):
-    _encode(tmp_path / "full.mp4", _flat(), full=True)
+@pytest.mark.parametrize("codec", ["libx264", "libvpx-vp9"])  # H.264 says it in the pixel format, VP9 beside it
+def test_full_range_is_honoured(tmp_path, codec):
+    _encode(tmp_path / "full.mp4", _flat(), codec=codec, full=True)
     assert np.abs(read_video(tmp_path / "full.mp4")[0].astype(int) - _flat()).max() <= 4
 
 
@@ -117,13 +119,13 @@ def test_unreadable_files_are_named(tmp_path):
 
 
 def test_damage_inside_a_frame_is_seen(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (30, 64, 64, 3), dtype=np.uint8)
-    write_video(tmp_path / "a.mp4", noise, 24)
+    rng = np.random.default_rng(0)
+    write_video(tmp_path / "a.mp4", rng.integers(0, 256, (30, 64, 64, 3), dtype=np.uint8), 24)
     data = bytearray((tmp_path / "a.mp4").read_bytes())
-    middle = slice(len(data) // 2, len(data) // 2 + 2000)
-    data[middle] = bytes(byte ^ 0xFF for byte in data[middle])
+    for place in rng.integers(len(data) // 2, len(data) - 10, 400):
+        data[place] ^= 0xFF
     (tmp_path / "a.mp4").write_bytes(data)
-    with pytest.raises(VideoError, match=r"a.mp4: (corrupt frame \d+|unreadable)"):
+    with pytest.raises(VideoError, match=r"a.mp4: corrupt frame \d+"):
         probe(tmp_path / "a.mp4")
     assert probe(tmp_path / "a.mp4", decode=False).num_frames == 30
 
@@ -134,7 +136,7 @@ def test_frames_of_two_sizes_are_refused(tmp_path):
         stream = container.add_stream("mjpeg", rate=24)
         stream.width, stream.height, stream.pix_fmt = 32, 32, "yuvj420p"
         other = av.CodecContext.create("mjpeg", "w")
-        other.width, other.height, other.pix_fmt, other.time_base = 48, 32, "yuvj420p", stream.codec_context.time_base or "1/24"
+        other.width, other.height, other.pix_fmt, other.time_base = 48, 32, "yuvj420p", Fraction(1, 24)
         for number, (context, width) in enumerate(((stream, 32), (other, 48))):
             picture = av.VideoFrame.from_ndarray(np.zeros((32, width, 3), np.uint8), format="rgb24").reformat(format="yuvj420p")
             picture.pts = number

@@ -97,6 +97,21 @@ def test_failed_write_leaves_the_old_index(tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_half_written_index_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cache(tmp_path, Recorder(), CAPTIONS[:2])
+    write_text = Path.write_text
+
+    def killed(path: Path, text: str) -> None:
+        write_text(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", killed)
+        write_cache(tmp_path, Recorder(), CAPTIONS)
+    read(tmp_path).encode(CAPTIONS[:2])
+    assert write_cache(tmp_path, Recorder(), CAPTIONS) == 3
+
+
 def test_unknown_caption_names_caption_folder_and_command(tmp_path: Path) -> None:
     write_cache(tmp_path, Recorder(), CAPTIONS)
     with pytest.raises(CaptionError) as caught:
@@ -167,6 +182,7 @@ def test_reads_a_list_of_one_array_and_an_array(tmp_path: Path, protocol: int) -
         assert rows.dtype == torch.float32 and torch.equal(rows, torch.from_numpy(embedding(0)).float())
 
 
+@pytest.mark.filterwarnings("error")
 def test_reads_the_module_names_of_numpy_1(tmp_path: Path) -> None:
     content = pickle.dumps([embedding(0)], protocol=3)  # spells the names out, without their length
     assert b"cnumpy._core.multiarray\n" in content
