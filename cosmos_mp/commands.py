@@ -9,6 +9,7 @@ from typing import Literal
 
 import tyro
 
+from cosmos_mp.cli import stage
 from cosmos_mp.config import ClipConfig, ConfigError, EncodeRun, EvaluateRun, SampleRun, TextConfig, parse
 from cosmos_mp.parallel.topology import rank_and_world
 
@@ -106,45 +107,54 @@ def cache_text(words: list[str]) -> None:
     _call(_cache_text, words)
 
 
-def encode(words: list[str]) -> None:
+def encode(words: list[str]) -> int | None:
     """Encode indexed clips to latents, control latents and text embeddings."""
-    from cosmos_mp.data.clips import load_index
-    from cosmos_mp.data.encode import encode_clips
-    from cosmos_mp.data.split import split_clips
 
-    config = parse(EncodeRun, words, prog="python -m cosmos_mp encode")
-    rank, world = rank_and_world()
-    root = Path(config.videos)
-    records = split_clips(load_index(root / "clips.jsonl"), config.split, config.holdout_share)
-    complete = encode_clips(
-        records,
-        root,
-        Path(config.out),
-        config.clip,
-        config.tokenizer,
-        config.text,
-        seed=config.seed,
-        shard_size=config.shard_size,
-        rank=rank,
-        world=world,
-        limit=config.limit,
-    )
-    print(f"{config.out}: {'complete' if complete else 'this rank is done, others are not'}")
+    def run(config: EncodeRun) -> None:
+        from cosmos_mp.data.clips import load_index
+        from cosmos_mp.data.encode import encode_clips
+        from cosmos_mp.data.split import split_clips
+
+        rank, world = rank_and_world()
+        root = Path(config.videos)
+        complete = encode_clips(
+            split_clips(load_index(root / "clips.jsonl"), config.split, config.holdout_share),
+            root,
+            Path(config.out),
+            config.clip,
+            config.tokenizer,
+            config.text,
+            seed=config.seed,
+            shard_size=config.shard_size,
+            rank=rank,
+            world=world,
+            limit=config.limit,
+        )
+        print(f"{config.out}: {'complete' if complete else 'this rank is done, others are not'}")
+
+    return stage(EncodeRun, run, words, prog="python -m cosmos_mp encode")
 
 
-def evaluate(words: list[str]) -> int:
+def evaluate(words: list[str]) -> int | None:
     """Measure teacher and students on held-out clips; table, results.json and report page."""
-    from cosmos_mp.evaluate.run import evaluate
 
-    results = evaluate(parse(EvaluateRun, words, prog="python -m cosmos_mp evaluate"))
-    return 0 if all(check["passed"] for check in results["checks"]) else 1
+    def run(config: EvaluateRun) -> int:
+        from cosmos_mp.evaluate.run import evaluate
+
+        return 0 if all(check["passed"] for check in evaluate(config)["checks"]) else 1
+
+    return stage(EvaluateRun, run, words, prog="python -m cosmos_mp evaluate")
 
 
-def sample(words: list[str]) -> None:
+def sample(words: list[str]) -> int | None:
     """Make one clip with the student: caption and control (or video) to mp4."""
-    from cosmos_mp.sample import sample
 
-    print(sample(parse(SampleRun, words, prog="python -m cosmos_mp sample")))
+    def run(config: SampleRun) -> None:
+        from cosmos_mp.sample import sample
+
+        print(sample(config))
+
+    return stage(SampleRun, run, words, prog="python -m cosmos_mp sample")
 
 
 def convert(words: list[str]) -> None:

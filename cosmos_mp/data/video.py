@@ -1,7 +1,7 @@
 """Video files <-> RGB frames, frame by frame and the same on every machine.
 
-Colours are read as BT.601 whatever matrix the file names, because the GPU decoder (DALI) does so: one file gives one picture on both.
-The index of clips records the named matrix.
+Colours follow the matrix that the file names, BT.709 or else BT.601. BT.601 frames equal the GPU decoder's (DALI) to the last bit; for
+BT.709 that decoder needs a colour correction, so the index of clips records the matrix.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from av.video.reformatter import Colorspace, Interpolation
 # Bilinear, full chroma, exact rounding: equal to DALI's decoder to the last bit. PyAV's default takes a chroma shortcut.
 _EXACT = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 _SMPTE170M = 6  # BT.601, by the numbers of ISO/IEC 23091-2, as below
+_BT709 = 1
 _LIMITED = 1
 _MATRICES = {0: "rgb", 1: "bt709", 2: "unspecified", 4: "fcc", 5: "bt470bg", 6: "smpte170m", 7: "smpte240m", 9: "bt2020nc", 10: "bt2020c"}
 
@@ -84,7 +85,7 @@ def decode(path: Path) -> Iterator[av.VideoFrame]:
 
 
 def to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """One decoded frame as uint8 RGB (H, W, 3); honours full or limited range."""
+    """One decoded frame as uint8 RGB (H, W, 3); honours its colour matrix and range."""
     # swscale would follow the chroma position that H.264 files carry and DALI ignores. PyAV cannot unset it: the planes go to a new frame.
     bare = av.VideoFrame(frame.width, frame.height, frame.format.name)
     for source, target in zip(frame.planes, bare.planes, strict=True):
@@ -92,7 +93,8 @@ def to_rgb(frame: av.VideoFrame) -> np.ndarray:
         line = min(source.line_size, target.line_size)  # lines are padded, each frame in its own way
         rows[:, :line] = np.frombuffer(source, np.uint8).reshape(source.height, source.line_size)[:, :line]
     bare.color_range = frame.color_range
-    return bare.reformat(format="rgb24", interpolation=_EXACT, threads=1).to_ndarray()
+    matrix = Colorspace.ITU709 if int(frame.colorspace) == _BT709 else Colorspace.ITU601
+    return bare.reformat(format="rgb24", src_colorspace=matrix, interpolation=_EXACT, threads=1).to_ndarray()
 
 
 def probe(path: Path, decode: bool = True) -> VideoFacts:

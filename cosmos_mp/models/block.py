@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from cosmos_mp.models.embeddings import EPS, Rotation, rotate
 
 def modulate(h_SBD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """LayerNorm without affine, then * (1 + scale) + shift."""
-    return F.layer_norm(h_SBD, h_SBD.shape[-1:], eps=EPS) * (1 + scale_BD) + shift_BD
+    return torch.addcmul(shift_BD, F.layer_norm(h_SBD, h_SBD.shape[-1:], eps=EPS), 1 + scale_BD)
 
 
 class Modulation(nn.Module):
@@ -83,8 +84,8 @@ class Block(nn.Module):
         h = h_SBD + position_S1D
         shift, scale, gate = self.self_mod(conditioning_BD, shared_B3D)
         x = modulate(h, shift, scale)
-        h = h + gate * self.self_attn(x, x, rotation)
+        h = torch.addcmul(h, gate, self.self_attn(x, x, rotation))
         shift, scale, gate = self.cross_mod(conditioning_BD, shared_B3D)
-        h = h + gate * self.cross_attn(modulate(h, shift, scale), text_LBD)
+        h = torch.addcmul(h, gate, self.cross_attn(modulate(h, shift, scale), text_LBD))
         shift, scale, gate = self.mlp_mod(conditioning_BD, shared_B3D)
-        return h + gate * self.mlp(modulate(h, shift, scale))
+        return torch.addcmul(h, gate, self.mlp(modulate(h, shift, scale)))

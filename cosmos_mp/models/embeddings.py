@@ -109,7 +109,7 @@ def rotate(x_SBHD: Tensor, rotation: Rotation) -> Tensor:
     """Rotate-half rotary embedding: x cos + [-x2, x1] sin, with x1 and x2 the halves of the head."""
     x = x_SBHD.to(at_least_fp32(x_SBHD))
     first, second = x.chunk(2, dim=-1)
-    return (x * rotation.cos + torch.cat([-second, first], dim=-1) * rotation.sin).to(x_SBHD.dtype)
+    return torch.addcmul(x * rotation.cos, torch.cat([-second, first], dim=-1), rotation.sin).to(x_SBHD.dtype)
 
 
 class LearnedPosition(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cosmos_mp.backends.local import LocalBackend
-from cosmos_mp.config import DMD2Run, KDRun, NetConfig, PairsRun, TeacherRun, to_dict
+from cosmos_mp.config import DMD2Run, EncodeRun, EvaluateRun, KDRun, NetConfig, PairsRun, SampleRun, TeacherRun, to_dict
 from cosmos_mp.models.discriminator import Discriminator
 from cosmos_mp.models.embeddings import PATCH
 from cosmos_mp.models.transfer import TransferNet
@@ -20,12 +20,14 @@ def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def role_parameters(config: TeacherRun | PairsRun | KDRun | DMD2Run) -> dict[str, int]:
+def role_parameters(config: TeacherRun | PairsRun | KDRun | DMD2Run | EvaluateRun | SampleRun) -> dict[str, int]:
     """Number of parameters of each role of a stage."""
     transfer = parameters(transfer_on_meta(config.net))
     if isinstance(config, TeacherRun | PairsRun):
         return {"teacher": transfer}
-    if isinstance(config, KDRun):
+    if isinstance(config, EvaluateRun):
+        return {"teacher": transfer} | {entry.partition("=")[0]: transfer for entry in config.students}
+    if isinstance(config, KDRun | SampleRun):
         return {"student": transfer}
     roles = {"student": transfer, "teacher": transfer}
     if not config.dmd2.ladd:
@@ -45,6 +47,8 @@ def transfer_on_meta(net: NetConfig) -> TransferNet:
 def dry_run(config: Any) -> None:
     """Print what the stage would run with."""
     print(json.dumps(to_dict(config), indent=1))
+    if isinstance(config, EncodeRun):
+        return
     network = transfer_on_meta(config.net)
     base, control = parameters(network.base), parameters(network.control)
     print(f"base {base:,} + control {control:,} = {base + control:,} parameters")
