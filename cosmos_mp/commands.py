@@ -68,11 +68,11 @@ def fit_tokenizer(words: list[str]) -> None:
     def _fit_tokenizer(
         videos: Path, out: Path, /, clips: int = 1024, frames: int = 9, height: int = 64, width: int = 64, seed: int = 0
     ) -> None:
-        """Fit on the first CLIPS clips of VIDEOS and write OUT (a .safetensors file)."""
+        """Fit on the first CLIPS clips of VIDEOS and write the folder OUT."""
         from cosmos_mp.data.clips import fit, load_index, read_window
-        from cosmos_mp.tokenizers.tiny import fit_tiny
+        from cosmos_mp.tokenizers.tiny import FILE, fit_tiny
 
-        if out.is_file():
+        if (out / FILE).is_file():
             print(f"{out}: there already, kept")
             return
         records = load_index(videos / "clips.jsonl")[:clips]

@@ -388,8 +388,8 @@ class EvaluateRun:
     timing_repeats: int = 10
     texture_period: float = 0.0
     """Report the energy of stripes of this period in pixels; 0 = leave it out."""
-    checks: Literal["none", "speed", "recipe"] = "none"
-    """What must hold for success: nothing; that one call takes at most 1/30 of 72; or all that the quickstart's recipe promises."""
+    checks: Literal["none", "calls", "recipe"] = "none"
+    """What must hold for success: nothing; that students need one call; or all that the quickstart's recipe promises."""
     net: NetConfig = field(default_factory=NetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)

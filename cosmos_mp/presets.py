@@ -72,7 +72,7 @@ TINY_NET = NetConfig(
 )
 TINY_DIFFUSION = DiffusionConfig(latent_shape=(16, 3, 8, 8), condition_frames=0)
 TINY_SAMPLER = SamplerConfig(guidance=0.5, unconditional="empty")
-TINY_TOKENIZER = TokenizerConfig("tiny", "runs/tiny/tokenizer.safetensors")
+TINY_TOKENIZER = TokenizerConfig("tiny", "runs/tiny/tokenizer")
 TINY_TEXT = TextConfig("tiny", "", tokens=12, dim=64)
 TINY_CLIP = ClipConfig(control="edge", frames=9, height=64, width=64, edge_preset="medium")
 TINY_TRAIN = TrainConfig(global_batch_size=32, micro_batch_size=32, log_every=10, save_every=200, picture_every=500, recompute="none")

@@ -24,10 +24,10 @@ say() { printf '\n== %s (%d s)\n' "$1" $((SECONDS - began)); }
 
 # --- Sizes: the whole recipe, or each stage shortened ---
 clips=4608 pairs=256 teacher=2600 kd=200 dmd2=400 samples=512 checks=recipe
-if [ -n "$fast" ]; then clips=192 pairs=32 teacher=60 kd=20 dmd2=20 samples=16 checks=speed; fi
-if [ -n "$videos" ] && [ "$checks" = recipe ]; then checks=speed; fi # the recipe's promises are about its own clips
+if [ -n "$fast" ]; then clips=192 pairs=32 teacher=60 kd=20 dmd2=20 samples=16 checks=calls; fi
+if [ -n "$videos" ] && [ "$checks" = recipe ]; then checks=calls; fi # the recipe's promises are about its own clips
 
-tokenizer=(--tokenizer.path "$out/tokenizer.safetensors")
+tokenizer=(--tokenizer.path "$out/tokenizer")
 train=(--holdout "$out/clips/holdout" "${tokenizer[@]}" --train.seed "$seed")
 
 if [ -z "$videos" ]; then
@@ -38,7 +38,7 @@ fi
 
 say "index and encode the clips in $videos"
 python -m cosmos_mp index "$videos" --min-frames 9
-python -m cosmos_mp fit-tokenizer "$videos" "$out/tokenizer.safetensors"
+python -m cosmos_mp fit-tokenizer "$videos" "$out/tokenizer"
 for split in train holdout; do
   python -m cosmos_mp encode tiny_encode --videos "$videos" --out "$out/clips/$split" --split "$split" --seed "$seed" "${tokenizer[@]}"
 done
