@@ -23,8 +23,8 @@ began=$SECONDS
 say() { printf '\n== %s (%d s)\n' "$1" $((SECONDS - began)); }
 
 # --- Sizes: the whole recipe, or each stage shortened ---
-clips=4608 pairs=256 teacher=2600 kd=200 dmd2=400 samples=512 checks=recipe
-if [ -n "$fast" ]; then clips=192 pairs=32 teacher=60 kd=20 dmd2=20 samples=16 checks=calls; fi
+clips=4608 pairs=2048 teacher=2400 kd=800 dmd2=400 samples=512 checks=recipe
+if [ -n "$fast" ]; then clips=192 pairs=64 teacher=60 kd=20 dmd2=20 samples=16 checks=calls; fi
 if [ -n "$videos" ] && [ "$checks" = recipe ]; then checks=calls; fi # the recipe's promises are about its own clips
 
 tokenizer=(--tokenizer.path "$out/tokenizer")
@@ -48,8 +48,8 @@ python pretrain_scripts/pretrain_teacher.py tiny_teacher --out "$out/teacher" --
   --train.iterations "$teacher"
 
 say "pairs: the teacher's 36-step answers"
-python pretrain_scripts/generate_pairs.py tiny_pairs --out "$out/pairs" --clips "$out/clips/train" --teacher "$out/teacher" \
-  --count "$pairs" --seed "$seed"
+torchrun --standalone --nproc_per_node 2 pretrain_scripts/generate_pairs.py tiny_pairs --out "$out/pairs" --clips "$out/clips/train" --teacher "$out/teacher" \
+  --count "$pairs" --shard_size $((pairs / 16)) --seed "$seed"
 
 say "KD"
 python pretrain_scripts/pretrain_kd.py tiny_kd --out "$out/kd" --pairs "$out/pairs" --teacher "$out/teacher" "${train[@]}" \

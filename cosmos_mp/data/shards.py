@@ -230,7 +230,7 @@ class ShardWriter:
         with _whole(path) as partial:
             save_file(tensors, partial)
             index = {"shard": shard, "bytes": partial.stat().st_size, "sha256": file_sha256(partial)}
-        index["samples"] = [{"id": number, **sample.info} for number, sample in zip(ids, samples, strict=True)]
+        index["samples"] = [{**sample.info, "id": number} for number, sample in zip(ids, samples, strict=True)]
         _write_json(_index_path(self.store, shard), index)
 
     def finish(self) -> bool:

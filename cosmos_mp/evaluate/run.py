@@ -74,14 +74,9 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
 
     latents: dict[str, Tensor] = {}
     for name, (answer, hashes) in answers.items():
-        key = {
-            "seed": config.seed,
-            "weights": hashes,
-            "clips": [config.samples, config.clips],
-            "sampler": dataclasses.asdict(config.sampler),
-        }
         path = out / "latents" / f"{name.replace(' ', '_')}.safetensors"
         print(f"evaluate: {name} on {len(clips.batch)} clips", flush=True)
+        key = _key(config, clips, hashes)
         latents[name] = cached(path, key, lambda a=answer: answer_all(a, clips.batch, config.seed, 0, config.batch_size, topology.device))
     videos = {name: _decode(tokenizer, latent, topology.device) for name, latent in latents.items()}
 
@@ -165,6 +160,18 @@ def _answers(config: EvaluateRun, topology: Topology, networks: dict[str, Denois
     hashes = {name: fingerprint(named_weights(denoiser.network)) for name, denoiser in networks.items()}
     answers: dict[str, tuple[Answer, str]] = {TEACHER: (guided, hashes[TEACHER]), TEACHER_ONE_STEP: (single(teacher), hashes[TEACHER])}
     return answers | {name: (single(network), hashes[name]) for name, network in networks.items() if name != TEACHER}
+
+
+def _key(config: EvaluateRun, clips: Clips, weights: str) -> dict[str, Any]:
+    """Everything that stored answers depend on."""
+    return {
+        "seed": config.seed,
+        "weights": weights,
+        "clips": [config.samples, clips.sha256],
+        "diffusion": dataclasses.asdict(config.diffusion),
+        "sampler": dataclasses.asdict(config.sampler),
+        "unconditional": [config.negative_prompt, dataclasses.asdict(config.text)],
+    }
 
 
 def _logs(config: EvaluateRun) -> dict[str, Path]:
