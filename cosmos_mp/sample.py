@@ -39,7 +39,7 @@ def sample(config: SampleRun) -> Path:
     topology = single_process()
     control, padding_mask, fps = _control(config)
     starts = chunk_starts(len(control), config.clip.frames, config.diffusion.condition_frames > 0)
-    tokenizer = build_tokenizer(config.tokenizer)
+    tokenizer = build_tokenizer(config.tokenizer, topology.device)
     student = Denoiser(
         load_transfer_net(config.net, topology, config.student, "student").requires_grad_(False), config.diffusion, config.control_weight
     )

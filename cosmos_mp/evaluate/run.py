@@ -67,7 +67,7 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
     """
     topology, out = single_process(), Path(config.out)
     save(config, out / "config.json")
-    tokenizer = build_tokenizer(config.tokenizer)
+    tokenizer = build_tokenizer(config.tokenizer, topology.device)
     clips = _load_clips(config)
     networks = _networks(config, topology)
     answers = _answers(config, topology, networks)

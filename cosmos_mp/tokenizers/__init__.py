@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from cosmos_mp.config import TokenizerConfig
 
@@ -41,26 +42,29 @@ class Tokenizer(Protocol):
         ...
 
 
-def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer of a configuration, read from its local folder.
+def build_tokenizer(config: TokenizerConfig, device: torch.device | str = "cpu") -> Tokenizer:
+    """The tokenizer of a configuration, read from its local folder, on the device where its videos and latents are.
 
     Raises:
         FileNotFoundError, ValueError: a missing, damaged or foreign file; the message names it and the remedy.
     """
-    path = Path(config.path)
-    if config.kind == "nvidia":
+    return _load(config.kind, Path(config.path)).to(device)
+
+
+def _load(kind: str, path: Path) -> nn.Module:
+    if kind == "nvidia":
         from cosmos_mp.tokenizers import nvidia
 
         return nvidia.load(path)
-    if config.kind == "diffusers":
+    if kind == "diffusers":
         from cosmos_mp.tokenizers import kl
 
         return kl.load(path)
-    if config.kind == "tiny":
+    if kind == "tiny":
         from cosmos_mp.tokenizers.tiny import TinyTokenizer
 
         return TinyTokenizer.load(path)
-    raise ValueError(f"tokenizer.kind={config.kind!r} is none of nvidia, diffusers, tiny")
+    raise ValueError(f"tokenizer.kind={kind!r} is none of nvidia, diffusers, tiny")
 
 
 def spatial_shape(height: int, width: int, factor: int) -> tuple[int, int]:

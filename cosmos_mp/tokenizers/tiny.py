@@ -64,17 +64,17 @@ class TinyTokenizer(nn.Module):
         check_video(video_BCTHW)
         self.latent_shape(*video_BCTHW.shape[2:])
         video = video_BCTHW.to(self.first_encoder)
-        return torch.cat([self._apply(kind, "encoder", part, _stride(kind)) for kind, part in _split(video)], dim=2)
+        return torch.cat([self._transform(kind, "encoder", part, _stride(kind)) for kind, part in _split(video)], dim=2)
 
     @torch.no_grad()
     def decode(self, latent_BCTHW: Tensor) -> Tensor:
         """See `Tokenizer.decode`."""
         check_latent(latent_BCTHW)
         latent = latent_BCTHW.to(self.first_encoder)
-        parts = [_assemble(self._apply(kind, "decoder", part, padding=(0, 1, 1)), _LENGTHS[kind]) for kind, part in _split(latent)]
+        parts = [_assemble(self._transform(kind, "decoder", part, padding=(0, 1, 1)), _LENGTHS[kind]) for kind, part in _split(latent)]
         return torch.cat(parts, dim=2).clamp(-1, 1)
 
-    def _apply(self, kind: str, way: str, value: Tensor, stride: Sequence[int] = (1, 1, 1), padding: Sequence[int] = (0, 0, 0)) -> Tensor:
+    def _transform(self, kind: str, way: str, value: Tensor, stride: Sequence[int] = (1, 1, 1), padding: Sequence[int] = (0, 0, 0)) -> Tensor:
         weight, bias = getattr(self, f"{kind}_{way}"), getattr(self, f"{kind}_{way}_bias")
         return F.conv3d(value, weight, bias, stride=tuple(stride), padding=tuple(padding))
 

@@ -25,7 +25,7 @@ def renderer(
     """A function that draws `count` clips: one row per entry of `answers`, then control and ground truth."""
     if count > len(holdout):
         raise ConfigError(f"train.picture_samples={count} exceeds the {len(holdout)} held-out clips")
-    decoder = build_tokenizer(tokenizer)
+    decoder = build_tokenizer(tokenizer, device)
     batch = holdout.fixed(list(range(count))).to(device)
     epsilon = noise.normal(batch.latent_BCTHW.shape[1:], 0, "picture", 0, batch.position_B).to(device)
     condition = Condition(batch.text_BLD, batch.control_BCTHW, batch.fps_B, batch.padding_mask_BHW)
