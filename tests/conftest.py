@@ -1,15 +1,20 @@
-"""Fixtures of all tests: one thread, the golden set, and factories of tiny networks, inputs and batches filled with random values."""
+"""Fixtures of all tests: one thread, the golden set, factories of tiny networks, inputs and batches, and a small real world of files."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from cosmos_mp import commands, config
 from cosmos_mp.backends.local import LocalBackend
 from cosmos_mp.config import HeadConfig, NetConfig
 from cosmos_mp.data.batch import Batch
@@ -157,3 +162,109 @@ def make_condition(make_batch) -> Callable[..., Condition]:
 def unconditional() -> Tensor:
     """Text embedding (L, D) of the unconditional branch."""
     return _normal("unconditional", (TOKENS, TINY.text_dim), [0], torch.float64)[0]
+
+
+# --- A small real world: video files, a tokenizer, stores and runs, made by the real commands ---
+
+ROOT = Path(__file__).parents[1]
+SMALL_NET = "hidden=48 heads=4 blocks=3 control_blocks=2 mlp_hidden=96 adaln_lora_dim=8 control_mlp=48"
+SIZES = [word for item in SMALL_NET.split() for word in (f"--net.{item.partition('=')[0]}", item.partition("=")[2])]
+BATCH = ["--train.global_batch_size", "4", "--train.micro_batch_size", "2"]
+SCRIPTS = {"teacher": "pretrain_teacher", "pairs": "generate_pairs", "kd": "pretrain_kd", "dmd2": "pretrain_dmd2"}
+
+
+def load_script(name: str) -> ModuleType:
+    """A stage's script as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "pretrain_scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass(frozen=True)
+class World:
+    """A folder with videos/, tokenizer/ and clips/{train,holdout}, and the command lines of stages in it."""
+
+    root: Path
+
+    def words(self, stage: str, out: str, *options: object) -> list[str]:
+        """PRESET and options of a stage at the small size; `out` is a folder of the world, later options win."""
+        where = {name: str(self.root / name) for name in ("teacher", "pairs", "kd", "dmd2", "videos", "tokenizer")}
+        train, holdout = str(self.root / "clips" / "train"), str(self.root / "clips" / "holdout")
+        tokenizer = ["--tokenizer.path", where["tokenizer"]]
+        trained = ["--holdout", holdout, *tokenizer, *SIZES, *BATCH, "--train.picture_every", "0", "--train.no-tensorboard"]
+        table = {
+            "teacher": ["--clips", train, *trained, "--train.iterations", "6"],
+            "pairs": ["--clips", train, "--teacher", where["teacher"], *SIZES, "--count", "8", "--shard_size", "3", "--batch_size", "2"],
+            "kd": ["--pairs", where["pairs"], "--teacher", where["teacher"], *trained, "--train.iterations", "4"],
+            "dmd2": ["--clips", train, "--teacher", where["teacher"], "--student", where["kd"], *trained, "--train.iterations", "10"]
+            + ["--head.hidden", "16", "--head.feature_blocks", "1"],
+            "evaluate": ["--clips", holdout, "--videos", where["videos"], "--teacher", where["teacher"], *tokenizer, *SIZES]
+            + ["--students", f"KD={where['kd']}", f"DMD2={where['dmd2']}"],
+            "sample": ["--student", where["dmd2"], *tokenizer, *SIZES],
+        }
+        return [f"tiny_{stage}", "--out", str(self.root / out), *table[stage], *map(str, options)]
+
+    def config(self, stage: str, out: str, *options: object) -> config.Run:
+        """The configuration that these words mean."""
+        return config.parse(config.STAGES[stage], self.words(stage, out, *options))
+
+    def run(self, stage: str, out: str, *options: object) -> Path:
+        """Run a training stage to its end, in this process; returns its folder."""
+        assert not load_script(SCRIPTS[stage]).main(self.config(stage, out, *options))
+        return self.root / out
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory) -> World:
+    """48 synthetic clips, the tokenizer fitted to them, and both sides of the split encoded."""
+    world = World(tmp_path_factory.mktemp("world"))
+    videos, tokenizer = str(world.root / "videos"), str(world.root / "tokenizer")
+    commands.synthesize([videos, "48"])
+    commands.index([videos, "--min-frames", "9"])
+    commands.fit_tokenizer([videos, tokenizer])
+    for split in ("train", "holdout"):
+        out = ["--out", str(world.root / "clips" / split), "--split", split, "--holdout_share", "0.25"]
+        commands.encode(["tiny_encode", "--videos", videos, *out, "--shard_size", "16", "--tokenizer.path", tokenizer])
+    return world
+
+
+@pytest.fixture(scope="session")
+def tiny_chain(tiny_world) -> World:
+    """The same world after teacher, pairs, KD and DMD2; the teacher and KD draw pictures."""
+    for stage, options in {
+        "teacher": ["--train.picture_every", "6"],
+        "pairs": [],
+        "kd": ["--train.picture_every", "3", "--train.tensorboard"],
+        "dmd2": ["--train.picture_every", "10", "--train.save_every", "7"],
+    }.items():
+        tiny_world.run(stage, stage, *options)
+    return tiny_world
+
+
+@pytest.fixture(scope="session")
+def save_t5() -> Callable[..., Path]:
+    """`save_t5(folder, d_model=32)`: the layout of google-t5/t5-11b with small random weights and a tokenizer trained on a few lines."""
+    lines = ["a red circle moves left over a blue background", "a green square moves up", "the quick brown fox jumps over the lazy dog"]
+
+    def save(folder: Path, d_model: int = 32) -> Path:
+        import sentencepiece
+        from transformers import T5Config, T5ForConditionalGeneration, T5TokenizerFast
+
+        folder.mkdir(parents=True, exist_ok=True)
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines * 10), model_writer=model, vocab_size=60, hard_vocab_limit=False, minloglevel=2,
+            pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        )  # fmt: skip
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+        vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
+        T5TokenizerFast(vocab=vocab, extra_ids=0).save_pretrained(folder)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            sizes = T5Config(vocab_size=64, d_model=d_model, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.5)
+            T5ForConditionalGeneration(sizes).save_pretrained(folder)
+        (folder / "spiece.model").write_bytes(model.getvalue())
+        return folder
+
+    return save

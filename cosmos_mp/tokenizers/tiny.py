@@ -74,7 +74,9 @@ class TinyTokenizer(nn.Module):
         parts = [_assemble(self._transform(kind, "decoder", part, padding=(0, 1, 1)), _LENGTHS[kind]) for kind, part in _split(latent)]
         return torch.cat(parts, dim=2).clamp(-1, 1)
 
-    def _transform(self, kind: str, way: str, value: Tensor, stride: Sequence[int] = (1, 1, 1), padding: Sequence[int] = (0, 0, 0)) -> Tensor:
+    def _transform(
+        self, kind: str, way: str, value: Tensor, stride: Sequence[int] = (1, 1, 1), padding: Sequence[int] = (0, 0, 0)
+    ) -> Tensor:
         weight, bias = getattr(self, f"{kind}_{way}"), getattr(self, f"{kind}_{way}_bias")
         return F.conv3d(value, weight, bias, stride=tuple(stride), padding=tuple(padding))
 

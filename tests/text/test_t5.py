@@ -1,42 +1,25 @@
 """T5's encoder with small random weights and a tokenizer trained on a few lines, from a folder."""
 
-import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5TokenizerFast
+from transformers import T5EncoderModel, T5TokenizerFast
 
 from cosmos_mp.config import TextConfig
 from cosmos_mp.text import build_text_encoder
 from cosmos_mp.text.t5 import T5Text
 
-LINES = ["a red circle moves left over a blue background", "a green square moves up", "the quick brown fox jumps over the lazy dog"]
 TOKENS, DIM = 16, 32
 LONG = "the quick brown fox jumps over the lazy dog and a red circle moves left"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The layout of google-t5/t5-11b: encoder and decoder weights, config.json, tokenizer.json."""
-    folder, model = tmp_path_factory.mktemp("t5"), io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES * 10), model_writer=model, vocab_size=60, hard_vocab_limit=False, minloglevel=2,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-    )  # fmt: skip
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
-    T5TokenizerFast(vocab=vocab, extra_ids=0).save_pretrained(folder)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        sizes = T5Config(vocab_size=64, d_model=DIM, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.5)
-        T5ForConditionalGeneration(sizes).save_pretrained(folder)
-    (folder / "spiece.model").write_bytes(model.getvalue())
-    return folder
+def folder(save_t5, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_t5(tmp_path_factory.mktemp("t5"), d_model=DIM)
 
 
 @pytest.fixture

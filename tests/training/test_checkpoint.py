@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,30 @@ def test_leftovers_of_a_killed_save_go_at_the_next_one(tmp_path):
     (leftover / "__0_0.distcp").write_bytes(b"half")
     saved(tmp_path, 4)
     assert names(tmp_path) == ["iter_00000004"]
+
+
+def test_what_is_visible_is_whole_at_every_moment_of_a_save(tmp_path):
+    """Python tells an audit hook of every file operation before it happens; each is a moment at which the power may fail."""
+    saved(tmp_path, 2)
+    complaints, moments, watching = [], [], True
+
+    def look(event, _):
+        nonlocal watching
+        if watching and event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"):
+            watching = False  # looking opens files too
+            whole = [path for path in (tmp_path / "checkpoints").glob("iter_*") if path.suffix != ".partial"]
+            moments.append(event)
+            complaints.extend(f"{event}: {path.name}: {damage(path)}" for path in whole if damage(path))
+            complaints.extend([f"{event}: nothing to resume from"] if not whole else [])
+            watching = True
+
+    sys.addaudithook(look)  # it cannot be taken away, only silenced
+    try:
+        saved(tmp_path, 4, 6, keep_last=1)
+    finally:
+        watching = False
+    assert {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"} <= set(moments)
+    assert complaints == [] and names(tmp_path) == ["iter_00000006"]
 
 
 # --- Full disk ---

@@ -1,0 +1,95 @@
+"""Errors as one line, exit codes passed through, and `--dry-run` before anything runs."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from cosmos_mp.cli import guarded, stage, stage_main
+from cosmos_mp.config import ConfigError, KDRun
+from cosmos_mp.data.shards import StoreError
+from cosmos_mp.data.video import VideoError
+from cosmos_mp.models.weights import WeightError
+from cosmos_mp.training.checkpoint import CheckpointError, CheckpointWriteError
+from cosmos_mp.training.loop import NonFiniteError
+
+
+def status(run) -> int:
+    with pytest.raises(SystemExit) as stop:
+        guarded(run)
+    return stop.value.code
+
+
+def failing(error: BaseException):
+    def run():
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigError("train.seed is wrong"),
+        StoreError("shard_00001 is damaged"),
+        VideoError("clip.mp4: no frames"),
+        WeightError("teacher.pt does not fit"),
+        CheckpointError("another run is here"),
+        CheckpointWriteError("disk full"),
+        NonFiniteError("loss term 'kd' is nan"),
+        FileNotFoundError(2, "No such file or directory", "clips.jsonl"),
+        IndexError("the store holds samples 0..7, not 8"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_known_error_is_one_line_and_status_1(capsys, monkeypatch, error):
+    monkeypatch.delenv("COSMOS_MP_TRACEBACK", raising=False)
+    assert status(failing(error)) == 1
+    captured = capsys.readouterr()
+    assert captured.err == f"error: {type(error).__name__}: {error}\n"
+    assert captured.out == ""
+
+
+def test_a_key_error_is_shown_without_quotes(capsys, monkeypatch):
+    monkeypatch.delenv("COSMOS_MP_TRACEBACK", raising=False)
+    assert status(failing(KeyError("no preset tiny_x"))) == 1
+    assert capsys.readouterr().err == "error: KeyError: no preset tiny_x\n"
+
+
+def test_the_traceback_is_there_for_who_wants_it(monkeypatch):
+    monkeypatch.setenv("COSMOS_MP_TRACEBACK", "1")
+    with pytest.raises(ConfigError, match="train.seed"):
+        guarded(failing(ConfigError("train.seed is wrong")))
+
+
+def test_a_mistake_in_the_code_is_not_hidden(monkeypatch):
+    monkeypatch.delenv("COSMOS_MP_TRACEBACK", raising=False)
+    with pytest.raises(TypeError):
+        guarded(failing(TypeError("a bug")))
+    with pytest.raises(KeyboardInterrupt):
+        guarded(failing(KeyboardInterrupt()))
+
+
+@pytest.mark.parametrize(("code", "expected"), [(None, 0), (0, 0), (1, 1), (75, 75)])
+def test_exit_codes_pass_through(code, expected):
+    assert status(lambda: code) == expected
+
+
+def test_a_stage_gets_its_configuration():
+    seen = []
+    assert stage(KDRun, lambda config: seen.append(config.train.seed) or 75, ["tiny_kd", "--train.seed", "9"]) == 75
+    assert seen == [9]
+
+
+@pytest.mark.parametrize("words", [["tiny_kd", "--dry-run"], ["--dry-run", "tiny_kd", "--train.seed", "0"]])
+def test_a_dry_run_runs_nothing(capsys, words):
+    assert not stage(KDRun, failing(AssertionError("ran")), words)
+    assert '"stage": "kd"' in capsys.readouterr().out
+
+
+def test_a_stage_script_reads_the_command_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain_kd.py", "tiny_kd", "--train.seed", "4"])
+    with pytest.raises(SystemExit) as stop:
+        stage_main(KDRun, lambda config: config.train.seed)
+    assert stop.value.code == 4

@@ -1,0 +1,71 @@
+"""Every command of the README is understood, and runs as far as small data carry it."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cosmos_mp import commands
+from cosmos_mp.__main__ import COMMANDS
+from cosmos_mp.cli import stage
+from cosmos_mp.config import DMD2Run, KDRun, PairsRun, TeacherRun
+
+ROOT = Path(__file__).parents[1]
+STAGES = {"pretrain_teacher": TeacherRun, "generate_pairs": PairsRun, "pretrain_kd": KDRun, "pretrain_dmd2": DMD2Run}
+
+
+def _commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def _words(start: str) -> list[list[str]]:
+    """Words after `start` of every command that begins so."""
+    return [shlex.split(line)[len(shlex.split(start)) :] for line in _commands() if line.startswith(start)]
+
+
+def test_every_command_is_of_a_kind_that_is_tested_here():
+    known = ("bash examples/quickstart.sh", "bash tests/run.sh", "python -m cosmos_mp ", "python pretrain_scripts/", "torchrun ")
+    assert _commands() and all(line.startswith(known) for line in _commands())
+    assert {words[0] for words in _words("python -m cosmos_mp")} == {"index", "cache-text", "encode", "evaluate", "convert", "sample"}
+
+
+def test_stage_commands_resolve(capsys):
+    lines = [shlex.split(line) for line in _commands() if "pretrain_scripts/" in line]
+    assert len(lines) >= 4
+    for words in lines:
+        script = next(index for index, word in enumerate(words) if word.startswith("pretrain_scripts/"))
+        path = ROOT / words[script]
+        assert importlib.util.spec_from_file_location("script", path) and path.is_file()
+        stage(STAGES[path.stem], lambda config: pytest.fail("a dry run ran"), [*words[script + 1 :], "--dry-run"])
+        assert "8,129,705,760 parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["encode", "evaluate", "sample"])
+def test_preset_commands_resolve(name, capsys):
+    lines = _words(f"python -m cosmos_mp {name}")
+    assert lines
+    for words in lines:
+        COMMANDS[name]([*words, "--dry-run"])
+        assert f'"stage": "{name}"' in capsys.readouterr().out
+
+
+def test_index_and_cache_text_run(tmp_path, monkeypatch, capsys, save_t5):
+    monkeypatch.chdir(tmp_path)
+    commands.synthesize(["datasets/dmd2", "2", "--frames", "121", "--height", "256", "--width", "256"])
+    save_t5(tmp_path / "checkpoints" / "google-t5" / "t5-11b", d_model=1024)
+    ((videos,),) = _words("python -m cosmos_mp index")
+    commands.index([videos])
+    assert "2 clips" in capsys.readouterr().out
+    (words,) = _words("python -m cosmos_mp cache-text")
+    commands.cache_text(words)
+    assert "3 captions added" in capsys.readouterr().out  # two clips and the negative prompt
+
+
+def test_convert_is_understood_up_to_the_missing_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (words,) = _words("python -m cosmos_mp convert")
+    with pytest.raises(FileNotFoundError, match="runs/edge_dmd2"):
+        commands.convert(words)

@@ -1,0 +1,155 @@
+"""What the stages share: stores that fit, watchers, the exit code of a run that a signal ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cosmos_mp import config
+from cosmos_mp.data.shards import StoreError
+from cosmos_mp.diffusion.edm import Denoiser
+from cosmos_mp.diffusion.samplers import one_step
+from cosmos_mp.distill.teacher import TeacherPretraining
+from cosmos_mp.parallel.topology import single_process
+from cosmos_mp.roles import new_transfer_net
+from cosmos_mp.training.checkpoint import latest, load_weights_of
+from cosmos_mp.training.logs import lines
+from cosmos_mp.training.pictures import picture_grid
+from cosmos_mp.training.stage import INTERRUPTED, open_store, train
+
+
+@pytest.fixture
+def run(tiny_world, tmp_path):
+    """Train a teacher with `train`; `answers` makes the rows of its pictures from the denoiser."""
+
+    def run(out: str, *options, answers=None) -> int:
+        settings = tiny_world.config("teacher", str(tmp_path / out), *options)
+        topology = single_process()
+        network = new_transfer_net(settings.net, topology, settings.train.seed)
+        method = TeacherPretraining(network, settings.diffusion, settings.loss, settings.train.seed)
+        denoiser = Denoiser(network, settings.diffusion)
+        rows = answers or {"teacher 1-step": lambda epsilon, condition: one_step(denoiser, epsilon, condition).x0}
+        data = open_store(settings.clips, "clips", settings)
+        return train(settings, topology, method, data, {"teacher": settings.optim_teacher}, rows, ema_role="teacher")
+
+    return run
+
+
+# --- Stores ---
+
+
+def test_a_store_that_fits_is_opened_with_the_runs_order(tiny_world):
+    settings = tiny_world.config("teacher", "unused", "--train.seed", 3)
+    data = open_store(settings.clips, "clips", settings)
+    assert (len(data), data.seed) == (36, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("pairs", {}, "kind=clips, this run expects pairs"),
+        (
+            "clips",
+            {"diffusion": {"latent_shape": (16, 2, 8, 8)}},
+            r"diffusion.latent_shape=\(16, 3, 8, 8\), this run expects \(16, 2, 8, 8",
+        ),
+        ("clips", {"net": {"text_dim": 32}}, "net.text_dim=64, this run expects 32"),
+    ],
+)
+def test_a_store_that_does_not_fit_is_named_with_the_option(tiny_world, kind, change, said):
+    settings = tiny_world.config("teacher", "unused")
+    parts = {name: dataclasses.replace(getattr(settings, name), **values) for name, values in change.items()}
+    with pytest.raises(StoreError, match=said):
+        open_store(settings.clips, kind, dataclasses.replace(settings, **parts))
+
+
+def test_a_path_without_a_store_is_named(tiny_world, tmp_path):
+    with pytest.raises(FileNotFoundError, match="header.json does not exist.*cosmos_mp encode"):
+        open_store(str(tmp_path), "clips", tiny_world.config("teacher", "unused"))
+
+
+# --- Watchers ---
+
+
+def test_a_run_leaves_config_log_scalars_pictures_and_checkpoint(run, tmp_path, tiny_world, capsys):
+    options = ["--train.iterations", 4, "--train.picture_every", 3, "--train.tensorboard", "--train.log_every", 2]
+    assert run("a", *options) == 0
+    folder = tmp_path / "a"
+    assert config.load(folder / "config.json") == tiny_world.config("teacher", str(folder), *options)
+    records = [record for _, record in lines(folder / "log.jsonl")]
+    assert [record["iteration"] for record in records] == [0, 1, 2, 3]
+    assert sorted(path.name for path in (folder / "pictures").iterdir()) == ["iter_00000003.png", "iter_00000004.png"]
+    assert latest(folder).name == "iter_00000004"
+    assert list((folder / "tensorboard").glob("events.*"))
+    captured = capsys.readouterr()
+    assert [line.split("|")[0].split() for line in captured.out.splitlines()] == [["iteration", "2/4"], ["iteration", "4/4"]]
+    assert "iteration 2/4, 0" in captured.err
+
+
+def test_watchers_can_be_left_out(run, tmp_path):
+    assert run("a", "--train.iterations", 1) == 0
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["checkpoints", "config.json", "log.jsonl"]
+
+
+def test_a_picture_has_a_grid_per_clip_with_the_rows_asked_for(run, tmp_path):
+    def zeros(epsilon, condition):
+        return torch.zeros_like(epsilon)
+
+    rows = {"student 1-step": zeros, "teacher 1-step": zeros}
+    assert run("a", "--train.iterations", 1, "--train.picture_every", 1, "--train.picture_samples", 3, answers=rows) == 0
+    image = np.asarray(Image.open(tmp_path / "a" / "pictures" / "iter_00000001.png"))
+    labels = ["student 1-step", "teacher 1-step", "control", "ground truth"]
+    one = picture_grid(dict.fromkeys(labels, np.zeros((9, 64, 64, 3), np.uint8)))
+    assert image.shape == (3 * one.shape[0], one.shape[1], 3)
+
+
+def test_pictures_that_cannot_be_drawn_stop_the_run_before_it_begins(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="header.json does not exist"):
+        run("a", "--train.picture_every", 1, "--holdout", tmp_path / "absent")
+    with pytest.raises(config.ConfigError, match="picture_samples=99"):
+        run("a", "--train.picture_every", 1, "--train.picture_samples", 99)
+    assert not (tmp_path / "a").exists()
+
+
+# --- Signals ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_with_75_and_the_next_start_goes_on_to_the_same_weights(run, tmp_path, capsys, number):
+    assert run("whole") == 0
+
+    def stop(epsilon, condition):  # drawn at iteration 3: the signal comes in the middle of it
+        os.kill(os.getpid(), number)
+        return epsilon
+
+    assert run("stopped", "--train.picture_every", 3, answers={"stop": stop}) == INTERRUPTED == 75
+    assert "interrupted and saved at iteration 3; run the same command again to go on" in capsys.readouterr().out
+    assert latest(tmp_path / "stopped").name == "iter_00000003"
+    assert run("stopped") == 0
+    for prefer_ema in (True, False):
+        whole, resumed = (load_weights_of(tmp_path / name, "teacher", prefer_ema=prefer_ema) for name in ("whole", "stopped"))
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    logged = [json.loads(line)["terms"] for name in ("whole", "stopped") for line in (tmp_path / name / "log.jsonl").open()]
+    assert logged[:6] == logged[6:]
+
+
+def test_a_finished_run_started_again_changes_nothing(run, tmp_path):
+    assert run("a", "--train.iterations", 2) == 0
+    checkpoint = latest(tmp_path / "a") / "COMPLETE.json"
+    before, log = checkpoint.stat().st_mtime_ns, (tmp_path / "a" / "log.jsonl").read_text()
+    assert run("a", "--train.iterations", 2) == 0
+    assert checkpoint.stat().st_mtime_ns == before
+    assert (tmp_path / "a" / "log.jsonl").read_text() == log
+
+
+def test_another_run_in_the_folder_is_refused(run, tmp_path):
+    assert run("a", "--train.iterations", 1) == 0
+    with pytest.raises(ValueError, match="another run is here .train.seed: 0 -> 1.; set these options back, or choose another folder"):
+        run("a", "--train.iterations", 1, "--train.seed", 1)
