@@ -66,7 +66,7 @@ say "Hugging Face folder, loaded again with diffusers"
 [ -d "$out/student" ] || python -m cosmos_mp convert tiny_sample "$out/dmd2" "$out/student"
 
 say "one clip from that folder"
-clip=$(find "$videos" -name '*.mp4' | sort | head -n 1)
+clip=$videos/$(python -c 'import json, sys; print(json.loads(sys.stdin.readline())["video"])' <"$videos/clips.jsonl")
 python -m cosmos_mp sample tiny_sample --student "$out/student" --video "$clip" --prompt "a red circle moving right" \
   --out "$out/sample.mp4" "${tokenizer[@]}" --seed "$seed"
 
