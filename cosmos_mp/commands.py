@@ -10,8 +10,8 @@ from typing import Literal
 import tyro
 
 from cosmos_mp.cli import stage
-from cosmos_mp.config import ClipConfig, ConfigError, EncodeRun, EvaluateRun, SampleRun, TextConfig, parse
-from cosmos_mp.parallel.topology import rank_and_world
+from cosmos_mp.config import ClipConfig, ConfigError, EncodeRun, EvaluateRun, SampleRun, TextConfig, parse, save
+from cosmos_mp.parallel.topology import rank_and_world, single_process
 
 Command = Callable[[list[str]], int | None]
 T5 = TextConfig()
@@ -117,6 +117,8 @@ def encode(words: list[str]) -> int | None:
 
         rank, world = rank_and_world()
         root = Path(config.videos)
+        if rank == 0:
+            save(config, Path(config.out) / "config.json")
         complete = encode_clips(
             split_clips(load_index(root / "clips.jsonl"), config.split, config.holdout_share),
             root,
@@ -129,6 +131,7 @@ def encode(words: list[str]) -> int | None:
             rank=rank,
             world=world,
             limit=config.limit,
+            device=single_process().device,
         )
         print(f"{config.out}: {'complete' if complete else 'this rank is done, others are not'}")
 

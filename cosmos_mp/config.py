@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -15,6 +16,19 @@ Head = Literal["conv3d", "conv2d", "attention", "spatial_temporal"]
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names the option and the remedy."""
+
+
+def _need(section: str, options: object, **rules: tuple[Callable[[Any], bool], str]) -> None:
+    """Refuse an option that breaks its rule: name=(test, what is wanted)."""
+    for name, (holds, wanted) in rules.items():
+        value = getattr(options, name)
+        if not holds(value):
+            raise ConfigError(f"{section}{name}={value} must be {wanted}")
+
+
+POSITIVE = (lambda value: value > 0, "above 0")
+NOT_NEGATIVE = (lambda value: value >= 0, "0 or above")
+SHARE = (lambda value: 0 <= value <= 1, "between 0 and 1")
 
 
 # --- Networks and diffusion ---
@@ -71,6 +85,7 @@ class HeadConfig:
     """Latent frames before this one are not judged."""
 
     def __post_init__(self) -> None:
+        _need("head.", self, hidden=POSITIVE, first_frame=NOT_NEGATIVE)
         if self.hidden % 8:
             raise ConfigError(f"head.hidden={self.hidden} must be a multiple of the 8 groups of its norm")
 
@@ -93,6 +108,12 @@ class DiffusionConfig:
     condition_sigma: float = 0.001
     """Noise on the given frames before they enter the network."""
 
+    def __post_init__(self) -> None:
+        positive = dict.fromkeys(("sigma_data", "sigma_max", "sigma_min", "video_noise_multiplier", "condition_sigma"), POSITIVE)
+        _need("diffusion.", self, condition_frames=NOT_NEGATIVE, **positive)
+        if self.sigma_min >= self.sigma_max:
+            raise ConfigError(f"diffusion.sigma_min={self.sigma_min} must lie below diffusion.sigma_max={self.sigma_max}")
+
 
 @dataclass(frozen=True)
 class SamplerConfig:
@@ -102,6 +123,9 @@ class SamplerConfig:
     guidance: float = 7.0
     """cond + guidance * (cond - uncond); 7 is 8 in the Ho-Salimans form."""
     unconditional: Literal["negative_prompt", "empty"] = "negative_prompt"
+
+    def __post_init__(self) -> None:
+        _need("sampler.", self, steps=POSITIVE)
 
 
 # --- Text, latents, clips ---
@@ -139,6 +163,9 @@ class ClipConfig:
     windows: int = 1
     """Windows taken from each clip, each with its own start and control draw."""
 
+    def __post_init__(self) -> None:
+        _need("clip.", self, **dict.fromkeys(("frames", "stride", "height", "width", "windows"), POSITIVE))
+
 
 # --- Optimisation ---
 
@@ -159,6 +186,11 @@ class OptimConfig:
     decay_from: float = 0.0
     """Fraction of the role's steps after which the cosine begins."""
 
+    def __post_init__(self) -> None:
+        betas = (lambda pair: all(0 <= beta < 1 for beta in pair), "two numbers in 0..1, 1 excluded")
+        _need("optimizer option ", self, lr=POSITIVE, betas=betas, eps=POSITIVE, weight_decay=NOT_NEGATIVE)
+        _need("optimizer option ", self, clip_norm=NOT_NEGATIVE, warmup=NOT_NEGATIVE, decay_from=SHARE)
+
 
 @dataclass(frozen=True)
 class EMAConfig:
@@ -166,6 +198,9 @@ class EMAConfig:
 
     decay: float = 0.0
     """0 = no average is kept."""
+
+    def __post_init__(self) -> None:
+        _need("ema.", self, decay=(lambda value: 0 <= value < 1, "in 0..1, 1 excluded"))
 
 
 @dataclass(frozen=True)
@@ -179,6 +214,11 @@ class TeacherLossConfig:
     uniform_range: tuple[float, float] = (1.0, 160.0)
     text_dropout: float = 0.2
     control_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _need("loss.", self, log_sigma_std=NOT_NEGATIVE, uniform_fraction=SHARE, text_dropout=SHARE, control_dropout=SHARE)
+        if not 0 < self.uniform_range[0] <= self.uniform_range[1]:
+            raise ConfigError(f"loss.uniform_range={self.uniform_range} must be two ascending sigmas above 0")
 
 
 @dataclass(frozen=True)
@@ -210,6 +250,10 @@ class DMD2Config:
     def __post_init__(self) -> None:
         if self.student_update_freq < 1:
             raise ConfigError(f"dmd2.student_update_freq={self.student_update_freq} must be at least 1")
+        weights = ("gan_weight", "reconstruction_weight", "reconstruction_warmup", "critic_warmup", "r1_weight", "r1_sigma")
+        _need("dmd2.", self, **dict.fromkeys(weights, NOT_NEGATIVE))
+        if self.r1_weight > 0 and self.gan_weight == 0:
+            raise ConfigError("dmd2.r1_weight needs a discriminator: give dmd2.gan_weight a value above 0")
         if self.ladd and self.gan_weight <= 0:
             raise ConfigError("dmd2.ladd trains by the GAN term alone: give dmd2.gan_weight a value above 0")
         if self.ladd and self.feature_role == "fake_score":
@@ -240,9 +284,9 @@ class TrainConfig:
         return self.global_batch_size // self.micro_batch_size
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "global_batch_size", "micro_batch_size", "log_every", "save_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
+        at_least_one = (lambda value: value >= 1, "at least 1")
+        names = ("iterations", "global_batch_size", "micro_batch_size", "log_every", "save_every", "keep_last", "picture_samples")
+        _need("train.", self, **dict.fromkeys((*names, "max_nonfinite"), at_least_one), picture_every=NOT_NEGATIVE, seed=NOT_NEGATIVE)
         if self.global_batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"train.global_batch_size={self.global_batch_size} is no multiple of train.micro_batch_size={self.micro_batch_size}"
@@ -313,6 +357,9 @@ class PairsRun:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     text: TextConfig = field(default_factory=TextConfig)
 
+    def __post_init__(self) -> None:
+        _need("", self, count=POSITIVE, batch_size=POSITIVE, shard_size=POSITIVE)
+
 
 @dataclass(frozen=True)
 class KDRun:
@@ -359,6 +406,11 @@ class DMD2Run:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(iterations=24_000))
 
     def __post_init__(self) -> None:
+        if self.text.dim != self.net.text_dim:
+            raise ConfigError(f"text.dim={self.text.dim} is not the network's net.text_dim={self.net.text_dim}")
+        frames, first = self.diffusion.latent_shape[1], self.head.first_frame
+        if first >= frames:
+            raise ConfigError(f"head.first_frame={first} leaves none of the {frames} latent frames")
         blocks = self.head.feature_blocks
         if not blocks or list(blocks) != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < self.net.blocks:
             raise ConfigError(f"head.feature_blocks={blocks} must be ascending block numbers in 0..{self.net.blocks - 1}")
@@ -395,6 +447,11 @@ class EvaluateRun:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     text: TextConfig = field(default_factory=TextConfig)
+
+    def __post_init__(self) -> None:
+        at_least_two = (lambda value: value >= 2, "at least 2")
+        _need("", self, samples=at_least_two, diversity_noises=at_least_two, diversity_clips=at_least_two)
+        _need("", self, batch_size=POSITIVE, timing_repeats=POSITIVE, texture_period=NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)

@@ -73,4 +73,4 @@ def unconditional_text(kind: str, prompt: str, text: TextConfig, device: torch.d
     """Embedding (L, D) of the unconditional branch: zeros, or the negative prompt (the recipe's own where `prompt` is empty)."""
     if kind == "empty":
         return torch.zeros(text.tokens, text.dim, device=device)
-    return build_text_encoder(text).encode([prompt or NEGATIVE_PROMPT])[0].to(device)
+    return build_text_encoder(text, device).encode([prompt or NEGATIVE_PROMPT])[0].to(device)

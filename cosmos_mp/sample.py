@@ -34,6 +34,8 @@ def sample(config: SampleRun) -> Path:
     """
     if not config.prompt:
         raise ConfigError("no caption: give --prompt")
+    if config.text.dim != config.net.text_dim:
+        raise ConfigError(f"text.dim={config.text.dim} is not the network's net.text_dim={config.net.text_dim}")
     if bool(config.video) == bool(config.control):
         raise ConfigError("give one of --video (the control is computed from it) and --control (a ready control video)")
     topology = single_process()
@@ -43,7 +45,7 @@ def sample(config: SampleRun) -> Path:
     student = Denoiser(
         load_transfer_net(config.net, topology, config.student, "student").requires_grad_(False), config.diffusion, config.control_weight
     )
-    text = build_text_encoder(config.text).encode([config.prompt]).to(topology.device)
+    text = build_text_encoder(config.text, topology.device).encode([config.prompt]).to(topology.device)
     mask = torch.from_numpy(padding_mask)[None].float().to(topology.device)
     chunks: list[np.ndarray] = []
     for number, start in enumerate(starts):
@@ -75,6 +77,7 @@ def chunk_starts(frames: int, clip_frames: int, chained: bool) -> list[int]:
 def _control(config: SampleRun) -> tuple[np.ndarray, np.ndarray, float]:
     """Control frames and padding mask at the clip's size, and the frame rate. As in training, the control is taken after resizing."""
     frames, fps = read_video(Path(config.control or config.video))
+    frames, fps = frames[:: config.clip.stride], fps / config.clip.stride
     fitted, padding_mask = fit(frames, config.clip.height, config.clip.width)
     if config.control:
         return fitted, padding_mask, fps

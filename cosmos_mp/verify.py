@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -343,28 +344,37 @@ def _difference(name: str, got: Any, expected: Any, limit: float) -> Difference:
     return Difference(name, difference / scale if scale else difference, limit)
 
 
+def _read(path: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(path)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise CaseError(f"{path}: cannot be read ({error}); fetch the case again") from error
+
+
 def run_case(folder: Path, dtype: torch.dtype = torch.float32) -> list[Difference]:
     """Run one case; every expected entry is compared.
 
     Raises:
         CaseError: a file or entry is missing, the kind is unknown, or an expected entry has no counterpart or another shape.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = _read(folder / "config.json", lambda path: json.loads(path.read_text()))
     kind = config.get("kind")
     if kind not in KINDS:
         raise CaseError(f"{folder / 'config.json'}: kind {kind!r} is none of {', '.join(KINDS)}")
     for name in ("io.safetensors", "expected.safetensors"):
         if not (folder / name).is_file():
             raise CaseError(f"{folder / name}: missing file of a {kind} case")
-    io = {name: value.to(dtype) if value.is_floating_point() else value for name, value in load_file(folder / "io.safetensors").items()}
+    io = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in _read(folder / "io.safetensors", load_file).items()
+    }
     try:
         values = KINDS[kind](Case(folder, config, io))
     except KeyError as error:
         raise CaseError(f"{folder}: config.json or io.safetensors has no entry {error}, which a {kind} case needs") from error
     limits = config["tolerance"]
-    tensors = load_file(folder / "expected.safetensors")
+    tensors = _read(folder / "expected.safetensors", load_file)
     numbers_file = folder / "expected.json"
-    numbers = json.loads(numbers_file.read_text()) if numbers_file.is_file() else {}
+    numbers = _read(numbers_file, lambda path: json.loads(path.read_text())) if numbers_file.is_file() else {}
     unwritten = {**config.get("expected_shapes", {}), **config.get("expected_numbers", {})}.keys() - tensors.keys() - numbers.keys()
     if unwritten:
         raise CaseError(f"{folder}: config.json promises {', '.join(sorted(unwritten))}, which no expected file holds")

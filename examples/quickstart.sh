@@ -3,6 +3,7 @@
 #   bash examples/quickstart.sh [--fast] [--videos DIR] [--out DIR] [--seed N]
 # Interrupted at any point and started again, it goes on where it was.
 set -euo pipefail
+from=$PWD
 cd "$(dirname "$0")/.."
 
 usage() { sed -n '2,4s/^# \{0,1\}//p' "$0"; exit 2; }
@@ -15,7 +16,9 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-out=${out:-runs/quickstart${fast:+-fast}}
+# Paths are meant from where the command was given.
+case $videos in '' | /*) ;; *) videos=$from/$videos ;; esac
+case $out in '') out=runs/quickstart${fast:+-fast} ;; /*) ;; *) out=$from/$out ;; esac
 
 . examples/setup.sh
 set_up ''
@@ -63,11 +66,15 @@ for gan in 0.3 0; do
 done
 
 say "Hugging Face folder, loaded again with diffusers"
-[ -d "$out/student" ] || python -m cosmos_mp convert tiny_sample "$out/dmd2" "$out/student"
+if [ ! -e "$out/student.checked" ]; then # written last: a folder whose check failed or was interrupted is made anew
+  rm -rf "$out/student"
+  python -m cosmos_mp convert tiny_sample "$out/dmd2" "$out/student"
+  touch "$out/student.checked"
+fi
 
 say "one clip from that folder"
-clip=$videos/$(python -c 'import json, sys; print(json.loads(sys.stdin.readline())["video"])' <"$videos/clips.jsonl")
-python -m cosmos_mp sample tiny_sample --student "$out/student" --video "$clip" --prompt "a red circle moving right" \
+first() { python -c 'import json, sys; print(json.loads(sys.stdin.readline())[sys.argv[1]])' "$1" <"$videos/clips.jsonl"; }
+python -m cosmos_mp sample tiny_sample --student "$out/student" --video "$videos/$(first video)" --prompt "$(first caption)" \
   --out "$out/sample.mp4" "${tokenizer[@]}" --seed "$seed"
 
 say "evaluation"

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cosmos_mp.cli import stage_main
-from cosmos_mp.config import PairsRun
+from cosmos_mp.config import PairsRun, save
 from cosmos_mp.data.dataset import LatentDataset
 from cosmos_mp.data.shards import ShardWriter
 from cosmos_mp.diffusion.edm import Denoiser
@@ -31,6 +31,8 @@ def main(config: PairsRun) -> None:
 
     # --- Pairs: the header holds the teacher's hash, so pairs of two teachers never mix ---
     writer = ShardWriter(Path(config.out), pairs_header(config, clips, fingerprint(named_weights(teacher)), unconditional))
+    if topology.rank == 0:
+        save(config, Path(config.out) / "config.json")
     with tqdm(desc="pairs", unit="pair") as bar:
 
         def progress(done: int, total: int) -> None:

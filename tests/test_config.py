@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from cosmos_mp import config, presets
-from cosmos_mp.config import ConfigError, DMD2Config, DMD2Run, HeadConfig, KDRun, NetConfig, TeacherRun, TrainConfig
+from cosmos_mp.config import (
+    ClipConfig,
+    ConfigError,
+    DiffusionConfig,
+    DMD2Config,
+    DMD2Run,
+    EMAConfig,
+    EvaluateRun,
+    HeadConfig,
+    KDRun,
+    NetConfig,
+    OptimConfig,
+    PairsRun,
+    SamplerConfig,
+    TeacherLossConfig,
+    TeacherRun,
+    TextConfig,
+    TrainConfig,
+)
 
 
 def altered(value):
@@ -210,3 +229,32 @@ def test_files_that_do_not_fit_the_command(tmp_path, written):
         config.parse(KDRun, [str(tmp_path / "absent.json")])
     with pytest.raises(ConfigError, match="configures stage 'teacher'.*pretrain_kd"):
         config.parse(KDRun, [str(written(TeacherRun))])
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: DMD2Config(gan_weight=-1.0), "dmd2.gan_weight=-1.0 must be 0 or above"),
+        (lambda: DMD2Config(gan_weight=0.0, r1_weight=1.0), "dmd2.r1_weight needs a discriminator"),
+        (lambda: HeadConfig(hidden=0), "head.hidden=0 must be above 0"),
+        (lambda: HeadConfig(hidden=12), "head.hidden=12 must be a multiple"),
+        (lambda: DiffusionConfig(sigma_max=-3.0), "diffusion.sigma_max=-3.0 must be above 0"),
+        (lambda: DiffusionConfig(sigma_min=90.0), "diffusion.sigma_min=90.0 must lie below"),
+        (lambda: SamplerConfig(steps=0), "sampler.steps=0 must be above 0"),
+        (lambda: ClipConfig(stride=0), "clip.stride=0 must be above 0"),
+        (lambda: OptimConfig(betas=(0.9, 1.5)), "optimizer option betas="),
+        (lambda: OptimConfig(decay_from=1.5), "decay_from=1.5 must be between 0 and 1"),
+        (lambda: EMAConfig(1.0), "ema.decay=1.0"),
+        (lambda: TeacherLossConfig(text_dropout=7.0), "loss.text_dropout=7.0 must be between 0 and 1"),
+        (lambda: TeacherLossConfig(uniform_range=(2.0, 1.0)), "loss.uniform_range"),
+        (lambda: TrainConfig(picture_samples=0), "train.picture_samples=0 must be at least 1"),
+        (lambda: PairsRun(batch_size=0), "batch_size=0 must be above 0"),
+        (lambda: EvaluateRun(samples=1), "samples=1 must be at least 2"),
+        (lambda: DMD2Run(text=TextConfig(dim=8)), "text.dim=8 is not the network's net.text_dim=1024"),
+        (lambda: DMD2Run(head=HeadConfig(first_frame=16)), "head.first_frame=16 leaves none"),
+        (lambda: NetConfig(control_channels=8), "net.control_channels=8"),
+    ],
+)
+def test_options_out_of_range_are_named(make, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        make()

@@ -164,9 +164,9 @@ def read_file(path: Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weight file; README tells where the weights come from")
-    if path.suffix == ".safetensors":
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         with torch.serialization.safe_globals([io.BytesIO]):  # what older versions of TE keep in `_extra_state`
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:

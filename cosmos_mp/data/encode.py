@@ -21,6 +21,7 @@ from cosmos_mp.data.controls import edge_thresholds, make_control
 from cosmos_mp.data.shards import Field, Header, Sample, ShardWriter, file_sha256
 from cosmos_mp.text import TextEncoder, build_text_encoder
 from cosmos_mp.tokenizers import Tokenizer, build_tokenizer
+from cosmos_mp.tokenizers.frames import frames_to_video
 
 MAX_BATCH = 32
 MAX_BATCH_VALUES = 2**24
@@ -59,6 +60,7 @@ def encode_clips(
     world: int = 1,
     limit: int = 0,
     progress: bool = True,
+    device: torch.device | str = "cpu",
 ) -> bool:
     """Encode clips into a store of kind "clips"; finished shards are kept, so the same call resumes.
 
@@ -73,6 +75,7 @@ def encode_clips(
         seed: with clip id and window number it keys window starts and control draws.
         rank: this process encodes shards with shard % world == rank.
         limit: encode only this many clips; 0 = all.
+        device: where tokenizer and text encoder run.
 
     Returns:
         True if the store is complete now; with several processes the last one to finish sees True.
@@ -84,8 +87,8 @@ def encode_clips(
     records = list(index[:limit] if limit else index)
     span = (clip.frames - 1) * clip.stride + 1
     short = [record for record in records if record.num_frames < span]
-    if not records or clip.windows < 1:
-        raise EncodeError(f"nothing to encode in {root}: {len(records)} clips, clip.windows={clip.windows}; both must be at least 1")
+    if not records:
+        raise EncodeError(f"nothing to encode in {root}: 0 clips; give a folder that `python -m cosmos_mp index` finds clips in")
     if short:
         raise EncodeError(
             f"{len(short)} clips of {root} are too short, the first is {short[0].video} with {short[0].num_frames} frames: clip.frames="
@@ -99,7 +102,7 @@ def encode_clips(
         made = Path(root) / clip.control
         if lacking := [record.id for record in records if not (made / f"{record.id}.mp4").is_file()]:
             raise EncodeError(f"{len(lacking)} clips have no {clip.control} video, the first is {made / lacking[0]}.mp4; make them first")
-    tokenizer, text = build_tokenizer(tokenizer_config), build_text_encoder(text_config)
+    tokenizer, text = build_tokenizer(tokenizer_config, device), build_text_encoder(text_config, device)
     padded = any(_needs_padding(*size, clip) for size in {(record.height, record.width) for record in records})
     header = Header(
         kind="clips",
@@ -129,7 +132,7 @@ def encode_clips(
             ids, size = header.samples(shard), _batch_size(clip)
             for numbers in (ids[i : i + size] for i in range(0, len(ids), size)):
                 windows = [load_window(records[i // clip.windows], i % clip.windows, root, clip, seed) for i in numbers]
-                samples += _encode(windows, tokenizer, text, header)
+                samples += _encode(windows, tokenizer, text, header, device)
                 bar.update(len(numbers))
             writer.write(shard, samples)
     return writer.finish()
@@ -183,23 +186,18 @@ def load_window(record: ClipRecord, draw: int, root: Path, clip: ClipConfig, see
     info = {"caption": record.caption, "clip": record.id, "window": draw, "start": start}
     if clip.control == "edge":
         info["edge_thresholds"] = list(edge_thresholds(clip.edge_preset, seed=seed, clip_id=record.id, draw=draw))
-    return Window(video, control, padding_mask, info | {"fps": record.fps})
+    return Window(video, control, padding_mask, info | {"fps": record.fps / clip.stride})
 
 
-def _encode(windows: Sequence[Window], tokenizer: Tokenizer, text: TextEncoder, header: Header) -> list[Sample]:
+def _encode(windows: Sequence[Window], tokenizer: Tokenizer, text: TextEncoder, header: Header, device: torch.device | str) -> list[Sample]:
     """Tokenize a batch of windows."""
     fields: dict[str, Tensor] = {
-        "latent": tokenizer.encode(_video([window.video_FHWC for window in windows])),
-        "control": tokenizer.encode(_video([window.control_FHWC for window in windows])),
-        "text": text.encode([window.info["caption"] for window in windows]).to(header.fields["text"].dtype),
+        "latent": tokenizer.encode(frames_to_video(np.stack([window.video_FHWC for window in windows])).to(device)).cpu(),
+        "control": tokenizer.encode(frames_to_video(np.stack([window.control_FHWC for window in windows])).to(device)).cpu(),
+        "text": text.encode([window.info["caption"] for window in windows]).cpu().to(header.fields["text"].dtype),
         "fps": torch.tensor([window.info["fps"] for window in windows], dtype=torch.float32),
     }
     if "padding_mask" in header.fields:
         fields["padding_mask"] = torch.from_numpy(np.stack([window.padding_mask_HW for window in windows]))
     # Copies: a slice would keep the whole batch in memory.
     return [Sample({name: value[i].clone() for name, value in fields.items()}, window.info) for i, window in enumerate(windows)]
-
-
-def _video(frames: Sequence[np.ndarray]) -> Tensor:
-    """Bytes (F, H, W, 3) to one float32 video (B, 3, F, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.stack(frames)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1

@@ -31,6 +31,7 @@ def pairs_header(config: PairsRun, clips: LatentDataset, teacher_hash: str, unco
         "clips": clips.reader.sha256,
         "seed": config.seed,
         "sampler": dataclasses.asdict(config.sampler),
+        "net": dataclasses.asdict(config.net),
         "diffusion": dataclasses.asdict(config.diffusion),
         "unconditional": fingerprint({"text": unconditional_LD}),
     }

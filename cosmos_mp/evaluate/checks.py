@@ -19,6 +19,19 @@ def _value(variants: Variants, name: str, key: str) -> float:
     return float(getattr(value, "value", value))
 
 
+def check_variants(checks: str, names: list[str]) -> None:
+    """Refuse checks about variants that are not evaluated, before anything is evaluated.
+
+    Raises:
+        ConfigError: a variant is missing; the message names it.
+    """
+    needed = {"none": [], "calls": [], "recipe": ["KD", "DMD2"]}[checks]
+    missing = [name for name in needed if name not in names]
+    if missing or (checks == "calls" and len(names) < 3):
+        what = f"a student named {missing[0]}" if missing else "a student"
+        raise ConfigError(f"checks={checks} needs {what}: give --students NAME=WEIGHTS ...")
+
+
 def call_checks(variants: Variants) -> list[dict[str, Any]]:
     """Every student needs one network call."""
     students = [name for name in variants if name not in ("teacher", "teacher 1-step")]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -45,9 +45,12 @@ def cached(path: Path, key: dict, make: Callable[[], Tensor]) -> Tensor:
     """`make()`, or what an earlier run stored at `path` under the same key."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     if path.is_file():
-        with safe_open(path, framework="pt") as stored:
-            if (stored.metadata() or {}).get("key") == digest:
-                return stored.get_tensor("latent")
+        try:
+            with safe_open(path, framework="pt") as stored:
+                if (stored.metadata() or {}).get("key") == digest:
+                    return stored.get_tensor("latent")
+        except SafetensorError as error:
+            print(f"{path} is damaged ({error}) and made anew")
     value = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

@@ -26,7 +26,7 @@ from cosmos_mp.data.video import write_video
 from cosmos_mp.diffusion.edm import Condition, Denoiser, bcast
 from cosmos_mp.diffusion.samplers import one_step, sample_teacher
 from cosmos_mp.evaluate import metrics
-from cosmos_mp.evaluate.checks import CHECKS
+from cosmos_mp.evaluate.checks import CHECKS, check_variants
 from cosmos_mp.evaluate.features import Extractor, LatentPCA, NetworkFeatures, RandomConv, TorchScriptFeatures
 from cosmos_mp.evaluate.generate import Answer, answer_all, cached, condition_of_clips, evaluation_noise
 from cosmos_mp.evaluate.report import format_table, save_results, write_report
@@ -66,6 +66,9 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
         The results, see `evaluate.report`.
     """
     topology, out = single_process(), Path(config.out)
+    # What would fail after hours of answering is asked for first.
+    named = TorchScriptFeatures(config.features, topology.device) if config.features else None
+    check_variants(config.checks, [TEACHER, TEACHER_ONE_STEP, *(entry.partition("=")[0] for entry in config.students)])
     save(config, out / "config.json")
     tokenizer = build_tokenizer(config.tokenizer, topology.device)
     clips = _load_clips(config)
@@ -81,14 +84,14 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
     videos = {name: _decode(tokenizer, latent, topology.device) for name, latent in latents.items()}
 
     real_videos = _decode(tokenizer, clips.batch.latent_BCTHW, topology.device)
-    variants = _measure(config, topology, networks, answers, clips, latents, videos, real_videos)
+    variants = _measure(config, topology, networks, answers, clips, latents, videos, real_videos, named)
     timing = _timing(config, topology, networks, answers, tokenizer, clips)
     for name in answers:
         calls = 1 if name != TEACHER else (config.sampler.steps + 1) * (2 if config.sampler.guidance else 1)
         variants[name] |= {"calls": calls, "network_ms": timing["network ms"][name], "end_to_end_ms": timing["end to end ms"][name]}
     described = [metric for metric in METRICS + _extra_metrics(config) if any(metric["key"] in values for values in variants.values())]
     results = {
-        "run": _about(config, topology, networks) | _ceiling(clips, real_videos),
+        "run": _about(config, topology, networks, clips) | _ceiling(clips, real_videos),
         "metrics": described,
         "variants": variants,
         "checks": CHECKS[config.checks](variants),
@@ -168,6 +171,7 @@ def _key(config: EvaluateRun, clips: Clips, weights: str) -> dict[str, Any]:
         "seed": config.seed,
         "weights": weights,
         "clips": [config.samples, clips.sha256],
+        "net": dataclasses.asdict(config.net),
         "diffusion": dataclasses.asdict(config.diffusion),
         "sampler": dataclasses.asdict(config.sampler),
         "unconditional": [config.negative_prompt, dataclasses.asdict(config.text)],
@@ -219,6 +223,7 @@ def _measure(
     latents: dict[str, Tensor],
     videos: dict[str, np.ndarray],
     real_videos: np.ndarray,
+    named: Extractor | None,
 ) -> dict[str, dict[str, Any]]:
     """Every metric of every variant. Real clips are taken as the tokenizer shows them, so that its losses count for nobody."""
     real = clips.batch.latent_BCTHW
@@ -226,7 +231,7 @@ def _measure(
         NetworkFeatures(_teacher_features(config, topology, networks[TEACHER], clips.batch)),
         LatentPCA.fit(real, min(PCA_AXES, len(real) - 1)),
         RandomConv(channels=real.shape[1]),
-        *([TorchScriptFeatures(config.features, topology.device)] if config.features else []),
+        *([named] if named else []),
     ]
     real_features = {extractor.name: extractor(real, real_videos) for extractor in extractors}
     energies = {"sharpness": metrics.sharpness}
@@ -296,7 +301,7 @@ def _timing(
     one = clips.batch.rows(torch.arange(1)).to(topology.device)
     epsilon = evaluation_noise(tuple(one.latent_BCTHW.shape[1:]), config.seed, 0, one.position_B).to(topology.device)
     control = frames_to_video(clips.control[:1]).to(topology.device)
-    encoder = build_text_encoder(config.text)
+    encoder = build_text_encoder(config.text, topology.device)
 
     def end_to_end(answer: Answer) -> None:
         text = encoder.encode(clips.captions[:1]).to(topology.device)
@@ -363,7 +368,7 @@ def _ceiling(clips: Clips, real_videos: np.ndarray) -> dict[str, Any]:
     )
 
 
-def _about(config: EvaluateRun, topology: Topology, networks: dict[str, Denoiser]) -> dict[str, Any]:
+def _about(config: EvaluateRun, topology: Topology, networks: dict[str, Denoiser], clips: Clips) -> dict[str, Any]:
     revision = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     )
@@ -372,7 +377,7 @@ def _about(config: EvaluateRun, topology: Topology, networks: dict[str, Denoiser
         "commit": revision.stdout.strip() or "unknown",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {topology.device.type}",
         "torch": torch.__version__,
-        "clips": config.samples,
+        "clips": len(clips.batch),
         "seed": config.seed,
         "guidance": f"{config.sampler.guidance} (Ho-Salimans {config.sampler.guidance + 1})",
         "variants": [TEACHER, TEACHER_ONE_STEP, *[name for name in networks if name != TEACHER]],

@@ -41,7 +41,7 @@ class ControlBranch(Trunk):
             grid = (call.x_BCTHW.shape[2], *(size // PATCH for size in call.x_BCTHW.shape[3:]))
             if maps.dim() != 4 or tuple(maps.shape[1:]) != grid or maps.shape[0] not in (1, h.shape[1]):
                 raise ValueError(f"control_weight {tuple(control_weight.shape)} must be a number or a map over the patches {grid}")
-            weight = maps.to(h.dtype).flatten(1).transpose(0, 1)[..., None]
+            weight = maps.to(h).flatten(1).transpose(0, 1)[..., None]
         residuals = []
         for index, (block, zero) in enumerate(zip(self.blocks, self.zero, strict=True)):
             h = block(h, *shared_inputs)

@@ -27,8 +27,8 @@ class TextEncoder(Protocol):
         ...
 
 
-def build_text_encoder(config: TextConfig) -> TextEncoder:
-    """The text encoder of a configuration, read from its local folder (the tiny one has no files).
+def build_text_encoder(config: TextConfig, device: torch.device | str = "cpu") -> TextEncoder:
+    """The text encoder of a configuration, read from its local folder (the tiny one has no files). T5 runs on `device`.
 
     Raises:
         FileNotFoundError, ValueError: a missing, damaged or foreign file, or one of another width; the message names it and the remedy.
@@ -38,7 +38,7 @@ def build_text_encoder(config: TextConfig) -> TextEncoder:
     if config.kind == "t5":
         from cosmos_mp.text.t5 import T5Text
 
-        return T5Text(Path(config.path), config.tokens, config.dim)
+        return T5Text(Path(config.path), config.tokens, config.dim).to(device)
     if config.kind == "cached":
         from cosmos_mp.text.cached import CachedText
 

@@ -63,7 +63,7 @@ def open_run(run_dir: Path, settings: Mapping[str, Any]) -> None:
         CheckpointError: the folder holds a run with other settings, or its config.json cannot be read.
     """
     path = Path(run_dir) / CONFIG
-    if path.exists():
+    if path.exists() and _published(Path(run_dir) / "checkpoints"):  # a run that saved nothing has nothing to lose
         try:
             old = json.loads(path.read_text())
         except ValueError as error:

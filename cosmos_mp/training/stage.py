@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from cosmos_mp.config import DMD2Run, KDRun, OptimConfig, TeacherRun, to_dict
+from cosmos_mp.config import ConfigError, DMD2Run, KDRun, OptimConfig, TeacherRun, to_dict
 from cosmos_mp.data.dataset import LatentDataset
 from cosmos_mp.distill.method import Method
 from cosmos_mp.parallel.topology import Topology
@@ -38,6 +38,8 @@ def train(
     Args:
         answers: rows of the pictures above control and ground truth.
     """
+    if topology.world > 1:
+        raise ConfigError(f"{topology.world} processes were started; training runs in one, and they would overwrite each other's run")
     run_dir, options = Path(config.out), config.train
     callbacks: list[Callback] = [ConsoleLog(options.log_every), JsonLines(), ProgressBar(options.log_every)]
     if options.tensorboard:

@@ -192,3 +192,11 @@ def test_unreadable_files_are_named(tmp_path):
     torch.save({"optimizer": {"lr": torch.ones(1)}}, tmp_path / "nested.pt")
     with pytest.raises(ValueError, match=r"nested\.pt.*optimizer"):
         read_file(tmp_path / "nested.pt")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_damaged_file_is_named(tmp_path, suffix):
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(b"junk")
+    with pytest.raises(ValueError, match=f"weights{suffix}: not a readable weight file"):
+        read_file(path)

@@ -51,7 +51,7 @@ def make(short, teacher, tmp_path):
 
 
 def stored(store: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in store.iterdir()}
+    return {path.name: path.read_bytes() for path in store.iterdir() if path.name != "config.json"}  # it names its own folder
 
 
 # --- Contents ---

@@ -67,6 +67,14 @@ def test_another_key_is_made_anew_and_replaces_the_old(store):
     assert store.made == [1.0, 2.0, 4.0]
 
 
+def test_a_damaged_file_is_made_anew(tmp_path, capsys):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"junk")
+    assert torch.equal(cached(path, {"key": 1}, lambda: torch.ones(2)), torch.ones(2))
+    assert f"{path} is damaged" in capsys.readouterr().out
+    assert torch.equal(cached(path, {"key": 1}, lambda: torch.zeros(2)), torch.ones(2))
+
+
 def test_what_a_kill_left_is_written_over(store):
     store.folder.mkdir()
     (store.folder / "a.partial").write_bytes(b"half")

@@ -221,7 +221,8 @@ def test_a_check_that_fails_ends_with_status_1_and_the_results_are_kept(tiny_cha
         (["--students", "KD={root}/absent"], FileNotFoundError, "absent: no such weight file"),
         (["--videos", "{root}/clips"], FileNotFoundError, "clips.jsonl"),
         (["--clips", "{root}/pairs"], ValueError, "kind=pairs, this run expects clips"),
-        (["--samples", "1"], ConfigError, "an evaluation needs at least 2"),
+        (["--features", "{root}/absent.pt"], FileNotFoundError, "absent.pt does not exist"),
+        (["--checks", "recipe", "--students", "KD={root}/kd"], ConfigError, "checks=recipe needs a student named DMD2"),
         (["--tokenizer.path", "{root}/absent"], FileNotFoundError, "absent"),
     ],
 )

@@ -287,6 +287,9 @@ def test_every_other_difference_is_listed_old_to_new():
 
 def test_run_folder_keeps_its_config_and_says_which_it_is(tmp_path):
     open_run(tmp_path / "run", SETTINGS)
+    open_run(tmp_path / "run", changed(stage="other"))  # nothing was saved yet: a corrected start goes through
+    open_run(tmp_path / "run", SETTINGS)
+    (tmp_path / "run/checkpoints/iter_00000001").mkdir(parents=True)
     open_run(tmp_path / "run", changed(train={"iterations": 30, "seed": 0}))
     assert json.loads((tmp_path / "run/config.json").read_text())["train"]["iterations"] == 30
     with pytest.raises(CheckpointError, match="run: another run is here"):

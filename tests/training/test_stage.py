@@ -153,3 +153,10 @@ def test_another_run_in_the_folder_is_refused(run, tmp_path):
     assert run("a", "--train.iterations", 1) == 0
     with pytest.raises(ValueError, match="another run is here .train.seed: 0 -> 1.; set these options back, or choose another folder"):
         run("a", "--train.iterations", 1, "--train.seed", 1)
+
+
+def test_two_processes_do_not_train_into_one_folder(run, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(config.ConfigError, match="2 processes were started"):
+        run("two")
