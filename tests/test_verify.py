@@ -165,9 +165,10 @@ def test_an_unknown_head_setting_is_a_named_error(copied):
 
 @pytest.mark.parametrize("name", ["config.json", "io.safetensors", "expected.safetensors", "expected.json"])
 def test_a_damaged_file_is_named(copied, name):
-    (copied("one_step") / name).write_bytes(b"junk")
+    case = copied("one_step")
+    (case / name).write_bytes(b"junk")
     with pytest.raises(CaseError, match=f"{name}: cannot be read"):
-        run_case(copied("one_step"))
+        run_case(case)
 
 
 def test_a_missing_weight_file_is_named(copied):
