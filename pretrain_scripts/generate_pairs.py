@@ -13,6 +13,7 @@ from cosmos_mp.config import PairsRun, save
 from cosmos_mp.data.dataset import LatentDataset
 from cosmos_mp.data.shards import ShardWriter
 from cosmos_mp.diffusion.edm import Denoiser
+from cosmos_mp.diffusion.samplers import guidance_words
 from cosmos_mp.distill.pairs import generate_pairs, pairs_header
 from cosmos_mp.models.weights import fingerprint, named_weights
 from cosmos_mp.parallel.topology import single_process
@@ -32,6 +33,7 @@ def main(config: PairsRun) -> None:
     # --- Pairs: the header holds the teacher's hash, so pairs of two teachers never mix ---
     writer = ShardWriter(Path(config.out), pairs_header(config, clips, fingerprint(named_weights(teacher)), unconditional))
     if topology.rank == 0:
+        print(guidance_words(config.sampler.guidance))
         save(config, Path(config.out) / "config.json")
     with tqdm(desc="pairs", unit="pair") as bar:
 

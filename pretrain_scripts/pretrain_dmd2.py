@@ -6,7 +6,7 @@ python pretrain_scripts/pretrain_dmd2.py PRESET [--section.option value ...] [--
 from cosmos_mp.cli import stage_main
 from cosmos_mp.config import DMD2Run
 from cosmos_mp.diffusion.edm import Denoiser
-from cosmos_mp.diffusion.samplers import one_step
+from cosmos_mp.diffusion.samplers import guidance_words, one_step
 from cosmos_mp.distill.dmd2 import DMD2
 from cosmos_mp.parallel.recompute import recompute_blocks
 from cosmos_mp.parallel.topology import single_process
@@ -41,6 +41,7 @@ def main(config: DMD2Run) -> int:
     unconditional = unconditional_text(options.unconditional, config.negative_prompt, config.text, topology.device)
 
     # --- Method and loop ---
+    print(guidance_words(options.guidance))
     method = DMD2(networks, config.diffusion, options, config.head, unconditional, config.train.seed)
     rows = {
         "student 1-step": Denoiser(networks["student"], config.diffusion),

@@ -17,6 +17,11 @@ def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor
     return conditional + guidance * (conditional - unconditional)
 
 
+def guidance_words(guidance: float) -> str:
+    """The guidance in both forms in use, for logs."""
+    return f"guidance: cond + {guidance:g} (cond - uncond), which is {guidance + 1:g} in the Ho-Salimans form"
+
+
 def first_step(x: Tensor, x0: Tensor, sigma: Tensor, target: Tensor) -> Tensor:
     """Euler step from sigma to target: t/s x + (s - t)/s x0."""
     return target / sigma * x + (sigma - target) / sigma * x0

@@ -10,6 +10,7 @@ from torch import nn
 
 from cosmos_mp.backends.local import LocalBackend
 from cosmos_mp.config import DMD2Run, EncodeRun, EvaluateRun, KDRun, NetConfig, PairsRun, SampleRun, TeacherRun, to_dict
+from cosmos_mp.diffusion.samplers import guidance_words
 from cosmos_mp.models.discriminator import Discriminator
 from cosmos_mp.models.embeddings import PATCH
 from cosmos_mp.models.transfer import TransferNet
@@ -63,4 +64,4 @@ def dry_run(config: Any) -> None:
     for name in ("sampler", "dmd2"):
         guidance = getattr(getattr(config, name, None), "guidance", None)
         if guidance is not None:
-            print(f"guidance: cond + {guidance:g} (cond - uncond), which is {guidance + 1:g} in the Ho-Salimans form")
+            print(guidance_words(guidance))

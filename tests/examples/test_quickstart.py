@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,38 @@ def test_a_wrong_option_ends_with_2_and_the_usage_before_anything_runs(words):
     assert "==" not in done.stdout
     if words[0].startswith("--fats"):
         assert "unknown option --fats" in done.stderr
+
+
+def test_the_clip_of_a_large_folder_is_its_first(tmp_path):
+    """A pipe whose reader stops early fails under pipefail, and only once its text is longer than the pipe."""
+    records = [{"id": f"{i:06d}", "video": f"videos/{i:06d}.webm", "caption": "x" * 60} for i in range(5000)]
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    first = next(line for line in (ROOT / "examples" / "quickstart.sh").read_text().splitlines() if line.startswith("first()"))
+    script = f'set -euo pipefail\nvideos={tmp_path} PATH="{Path(sys.executable).parent}:$PATH"\n{first}\necho "$(first video) $(first id)"'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "videos/000000.webm 000000\n")
+
+
+def test_set_up_installs_only_what_is_not_there(tmp_path):
+    """`python` writes down what it is asked: whether pip would run is all that counts here."""
+    for name in ("examples", ".venv/bin"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("examples/setup.sh", "setup.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "$@" >>"$0.log"\n')
+    python.chmod(0o755)
+
+    def installs(extras: str) -> bool:
+        log = python.with_name("python.log")
+        log.unlink(missing_ok=True)
+        subprocess.run(["bash", "-euo", "pipefail", "-c", f". examples/setup.sh; set_up '{extras}'"], cwd=tmp_path, check=True)
+        return "pip install" in log.read_text()
+
+    assert [installs(extras) for extras in ("", "", "test", "test", "", "test")] == [True, False, True, False, False, False]
+    with (tmp_path / "setup.py").open("a") as file:
+        file.write("# another version\n")
+    assert [installs(extras) for extras in ("", "")] == [True, False]
 
 
 # --- The shortened quickstart ---

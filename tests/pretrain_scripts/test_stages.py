@@ -229,7 +229,7 @@ def test_sigterm_ends_the_script_with_75_and_the_same_command_goes_on(tiny_world
         ("kd", ["--pairs", "absent", "--teacher", "absent"], FileNotFoundError, "absent/header.json does not exist.*generate_pairs"),
         ("dmd2", ["--clips", "{pairs}", "--teacher", "absent"], StoreError, "kind=pairs, this run expects clips"),
         ("dmd2", ["--diffusion.latent_shape", 16, 3, 8, 16, "--teacher", "absent"], StoreError, "diffusion.latent_shape"),
-        ("dmd2", ["--net.text_dim", 32, "--teacher", "absent"], StoreError, "net.text_dim=64, this run expects 32"),
+        ("dmd2", ["--net.text_dim", 32, "--text.dim", 32, "--teacher", "absent"], StoreError, "net.text_dim=64, this run expects 32"),
         ("dmd2", ["--teacher", "absent"], FileNotFoundError, "absent: no such weight file"),
         ("dmd2", ["--student", "{teacher}"], ValueError, "no role 'student'; it holds teacher"),
     ],
