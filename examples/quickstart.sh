@@ -51,7 +51,7 @@ python pretrain_scripts/pretrain_teacher.py tiny_teacher --out "$out/teacher" --
   --train.iterations "$teacher"
 
 say "pairs: the teacher's 36-step answers"
-torchrun --standalone --nproc_per_node 2 pretrain_scripts/generate_pairs.py tiny_pairs --out "$out/pairs" --clips "$out/clips/train" --teacher "$out/teacher" \
+OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 pretrain_scripts/generate_pairs.py tiny_pairs --out "$out/pairs" --clips "$out/clips/train" --teacher "$out/teacher" \
   --count "$pairs" --shard_size $((pairs / 16)) --seed "$seed"
 
 say "KD"

@@ -110,11 +110,18 @@ def measured(out: Path) -> dict:
 
 def made(out: Path) -> dict[str, int]:
     """When each file was made that a finished run must not make again."""
-    kept = [path for room in ("videos/videos", "clips", "pairs", "student") for path in (out / room).rglob("*") if path.is_file()]
-    kept += out.glob("*/checkpoints/*/COMPLETE.json")
-    kept += out.glob("evaluation/latents/*")
-    kept += out.glob("tokenizer/*")
-    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in kept if path.name != "COMPLETE.json" or path.parent.parent.name}
+    kept = [
+        "videos/videos/*",
+        "tokenizer/*",
+        "clips/*/shard_*",
+        "pairs/shard_*",
+        "*/checkpoints/*/*",
+        "evaluation/latents/*",
+        "student/**/*",
+    ]
+    files = {pattern: [path for path in out.glob(pattern) if path.is_file()] for pattern in kept}
+    assert all(files.values()), [pattern for pattern, found in files.items() if not found]
+    return {str(path.relative_to(out)): path.stat().st_mtime_ns for found in files.values() for path in found}
 
 
 @pytest.mark.quickstart
