@@ -6,7 +6,7 @@ python pretrain_scripts/pretrain_dmd2.py PRESET [--section.option value ...] [--
 from cosmos_mp.cli import stage_main
 from cosmos_mp.config import DMD2Run
 from cosmos_mp.diffusion.edm import Denoiser
-from cosmos_mp.diffusion.samplers import guidance_words, one_step
+from cosmos_mp.diffusion.samplers import answer_in_one_step, guidance_words
 from cosmos_mp.distill.dmd2 import DMD2
 from cosmos_mp.parallel.recompute import recompute_blocks
 from cosmos_mp.parallel.topology import single_process
@@ -47,7 +47,7 @@ def main(config: DMD2Run) -> int:
         "student 1-step": Denoiser(networks["student"], config.diffusion),
         "teacher 1-step": Denoiser(networks["teacher"], config.diffusion),
     }
-    answers = {name: lambda epsilon, condition, d=d: one_step(d, epsilon, condition).x0 for name, d in rows.items()}
+    answers = {name: answer_in_one_step(denoiser) for name, denoiser in rows.items()}
     return train(config, topology, method, clips, optim, answers)
 
 

@@ -6,7 +6,7 @@ python pretrain_scripts/pretrain_kd.py PRESET [--section.option value ...] [--dr
 from cosmos_mp.cli import stage_main
 from cosmos_mp.config import KDRun
 from cosmos_mp.diffusion.edm import Denoiser
-from cosmos_mp.diffusion.samplers import one_step
+from cosmos_mp.diffusion.samplers import answer_in_one_step
 from cosmos_mp.distill.kd import KD
 from cosmos_mp.parallel.recompute import recompute_blocks
 from cosmos_mp.parallel.topology import single_process
@@ -30,7 +30,7 @@ def main(config: KDRun) -> int:
 
     # --- Method and loop ---
     method = KD(student, config.diffusion, config.train.seed)
-    answers = {name: lambda epsilon, condition, d=d: one_step(d, epsilon, condition).x0 for name, d in answering.items()}
+    answers = {name: answer_in_one_step(denoiser) for name, denoiser in answering.items()}
     return train(config, topology, method, pairs, {"student": config.optim_student}, answers)
 
 

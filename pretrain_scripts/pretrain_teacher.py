@@ -6,7 +6,7 @@ python pretrain_scripts/pretrain_teacher.py PRESET [--section.option value ...] 
 from cosmos_mp.cli import stage_main
 from cosmos_mp.config import TeacherRun
 from cosmos_mp.diffusion.edm import Denoiser
-from cosmos_mp.diffusion.samplers import one_step
+from cosmos_mp.diffusion.samplers import answer_in_one_step
 from cosmos_mp.distill.teacher import TeacherPretraining
 from cosmos_mp.parallel.recompute import recompute_blocks
 from cosmos_mp.parallel.topology import single_process
@@ -30,7 +30,7 @@ def main(config: TeacherRun) -> int:
     # --- Method and loop ---
     method = TeacherPretraining(teacher, config.diffusion, config.loss, config.train.seed)
     denoiser = Denoiser(teacher, config.diffusion)
-    answers = {"teacher 1-step": lambda epsilon, condition: one_step(denoiser, epsilon, condition).x0}
+    answers = {"teacher 1-step": answer_in_one_step(denoiser)}
     return train(config, topology, method, clips, {"teacher": config.optim_teacher}, answers, ema_role="teacher")
 
 

@@ -11,6 +11,9 @@ from cosmos_mp.config import SamplerConfig
 from cosmos_mp.diffusion.edm import Condition, Denoised, Denoiser
 from cosmos_mp.diffusion.schedules import edm_ramp
 
+Answer = Callable[[Tensor, Condition], Tensor]
+"""A way to generate: (unit noise, condition) -> clean latent."""
+
 
 def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
     """cond + g (cond - uncond); g is one less than in the Ho-Salimans form."""
@@ -79,3 +82,8 @@ def one_step(network: Denoiser, noise_BCTHW: Tensor, condition: Condition) -> De
     """The student's single call: pure noise at sigma_max, clean latent out. Differentiable."""
     sigma_max = network.config.sigma_max
     return network(sigma_max * noise_BCTHW, noise_BCTHW.new_full((len(noise_BCTHW),), sigma_max), condition)
+
+
+def answer_in_one_step(network: Denoiser) -> Answer:
+    """`one_step` as a way to generate."""
+    return lambda noise_BCTHW, condition: one_step(network, noise_BCTHW, condition).x0

@@ -11,8 +11,9 @@ from torch import Tensor
 from cosmos_mp.config import PairsRun
 from cosmos_mp.data.dataset import LatentDataset
 from cosmos_mp.data.shards import Field, Header, Sample, ShardWriter
-from cosmos_mp.diffusion.edm import Condition, Denoiser
+from cosmos_mp.diffusion.edm import Denoiser
 from cosmos_mp.diffusion.samplers import sample_teacher
+from cosmos_mp.distill.conditioning import condition_of_clips
 from cosmos_mp.models.weights import fingerprint
 from cosmos_mp.parallel import noise
 
@@ -71,7 +72,7 @@ def _answer(config: PairsRun, teacher: Denoiser, clips: LatentDataset, unconditi
     sources = [pair % len(clips) for pair in pairs]
     batch = clips.fixed(sources).to(device)
     epsilon = pair_noise(tuple(config.diffusion.latent_shape), config.seed, pairs)
-    condition = Condition(batch.text_BLD, batch.control_BCTHW, batch.fps_B, batch.padding_mask_BHW)
+    condition = condition_of_clips(batch)
     unconditional = unconditional_LD.expand_as(batch.text_BLD)
     answers = sample_teacher(teacher, epsilon.to(device), condition, unconditional, config.sampler).float().cpu()
     samples = []

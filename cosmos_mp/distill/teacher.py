@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from cosmos_mp.config import DiffusionConfig, TeacherLossConfig
 from cosmos_mp.data.batch import Batch
-from cosmos_mp.diffusion.edm import Condition, Denoiser, bcast
+from cosmos_mp.diffusion.edm import Denoiser, bcast
 from cosmos_mp.diffusion.schedules import draw_teacher_sigma
 from cosmos_mp.distill.conditioning import condition_of
 from cosmos_mp.distill.losses import denoising_loss
@@ -32,12 +34,10 @@ class TeacherPretraining:
         sigma = draw_teacher_sigma(self.loss, self.seed, iteration, batch.position_B).to(latent)
         eps = noise.normal(latent.shape[1:], self.seed, "eps", iteration, batch.position_B, like=latent)
         condition = condition_of(batch, self.diffusion, self.seed, iteration)
-        condition = Condition(
-            self._drop(condition.text_BLD, "text_dropout", self.loss.text_dropout, batch, iteration),
-            self._drop(condition.control_BCTHW, "control_dropout", self.loss.control_dropout, batch, iteration),
-            condition.fps_B,
-            condition.padding_mask_BHW,
-            condition.given,
+        condition = replace(
+            condition,
+            text_BLD=self._drop(condition.text_BLD, "text_dropout", self.loss.text_dropout, batch, iteration),
+            control_BCTHW=self._drop(condition.control_BCTHW, "control_dropout", self.loss.control_dropout, batch, iteration),
         )
         x0 = self.teacher(latent + bcast(sigma) * eps, sigma, condition).x0
         return StepOutput({"denoising": Term(denoising_loss(x0, latent, sigma, sigma_data=self.diffusion.sigma_data))})

@@ -13,16 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cosmos_mp.data.batch import Batch
-from cosmos_mp.diffusion.edm import Condition
+from cosmos_mp.diffusion.samplers import Answer
+from cosmos_mp.distill.conditioning import condition_of_clips
 from cosmos_mp.parallel import noise
-
-Answer = Callable[[Tensor, Condition], Tensor]
-"""(unit noise, condition) -> clean latent."""
-
-
-def condition_of_clips(batch: Batch) -> Condition:
-    """What a clip tells the network at generation: no frame is given."""
-    return Condition(batch.text_BLD, batch.control_BCTHW, batch.fps_B, batch.padding_mask_BHW)
 
 
 def evaluation_noise(shape: tuple[int, ...], seed: int, draw: int, clips: Tensor) -> Tensor:

@@ -24,11 +24,12 @@ from cosmos_mp.data.dataset import LatentDataset
 from cosmos_mp.data.encode import load_window
 from cosmos_mp.data.video import write_video
 from cosmos_mp.diffusion.edm import Condition, Denoiser, bcast
-from cosmos_mp.diffusion.samplers import one_step, sample_teacher
+from cosmos_mp.diffusion.samplers import Answer, answer_in_one_step, sample_teacher
+from cosmos_mp.distill.conditioning import condition_of_clips
 from cosmos_mp.evaluate import metrics
 from cosmos_mp.evaluate.checks import CHECKS, check_variants
 from cosmos_mp.evaluate.features import Extractor, LatentPCA, NetworkFeatures, RandomConv, TorchScriptFeatures
-from cosmos_mp.evaluate.generate import Answer, answer_all, cached, condition_of_clips, evaluation_noise
+from cosmos_mp.evaluate.generate import answer_all, cached, evaluation_noise
 from cosmos_mp.evaluate.report import format_table, save_results, write_report
 from cosmos_mp.evaluate.statistics import bootstrap, ratio_of_means
 from cosmos_mp.models.weights import fingerprint, named_weights
@@ -157,12 +158,12 @@ def _answers(config: EvaluateRun, topology: Topology, networks: dict[str, Denois
     def guided(epsilon: Tensor, condition: Condition) -> Tensor:
         return sample_teacher(teacher, epsilon, condition, unconditional.expand_as(condition.text_BLD), config.sampler)
 
-    def single(network: Denoiser) -> Answer:
-        return lambda epsilon, condition: one_step(network, epsilon, condition).x0
-
     hashes = {name: fingerprint(named_weights(denoiser.network)) for name, denoiser in networks.items()}
-    answers: dict[str, tuple[Answer, str]] = {TEACHER: (guided, hashes[TEACHER]), TEACHER_ONE_STEP: (single(teacher), hashes[TEACHER])}
-    return answers | {name: (single(network), hashes[name]) for name, network in networks.items() if name != TEACHER}
+    answers: dict[str, tuple[Answer, str]] = {
+        TEACHER: (guided, hashes[TEACHER]),
+        TEACHER_ONE_STEP: (answer_in_one_step(teacher), hashes[TEACHER]),
+    }
+    return answers | {name: (answer_in_one_step(network), hashes[name]) for name, network in networks.items() if name != TEACHER}
 
 
 def _key(config: EvaluateRun, clips: Clips, weights: str) -> dict[str, Any]:

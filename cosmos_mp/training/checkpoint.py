@@ -12,7 +12,6 @@ every file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -30,6 +29,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from cosmos_mp.data.shards import file_sha256
 
 MARKER = "COMPLETE.json"
 CONFIG = "config.json"
@@ -144,12 +145,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _listing(folder: Path) -> dict[str, dict[str, Any]]:
-    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())}
 
 
 def _sync(folder: Path) -> None:
@@ -217,7 +213,7 @@ def damage(path: Path, *, hashes: bool = True) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes, expected {size}"
-        if hashes and _sha256(file) != digest:
+        if hashes and file_sha256(file) != digest:
             return f"{name} has another checksum than {MARKER} says"
     return None
 

@@ -6,17 +6,14 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cosmos_mp.config import ConfigError, TokenizerConfig
 from cosmos_mp.data.dataset import LatentDataset
-from cosmos_mp.diffusion.edm import Condition
+from cosmos_mp.diffusion.samplers import Answer
+from cosmos_mp.distill.conditioning import condition_of_clips
 from cosmos_mp.parallel import noise
 from cosmos_mp.tokenizers import build_tokenizer
 from cosmos_mp.tokenizers.frames import video_to_frames
-
-Answer = Callable[[Tensor, Condition], Tensor]
-"""(unit noise, condition) -> clean latent."""
 
 
 def renderer(
@@ -28,7 +25,7 @@ def renderer(
     decoder = build_tokenizer(tokenizer, device)
     batch = holdout.fixed(list(range(count))).to(device)
     epsilon = noise.normal(batch.latent_BCTHW.shape[1:], 0, "picture", 0, batch.position_B).to(device)
-    condition = Condition(batch.text_BLD, batch.control_BCTHW, batch.fps_B, batch.padding_mask_BHW)
+    condition = condition_of_clips(batch)
 
     def render(iteration: int) -> list[dict[str, np.ndarray]]:
         latents = {name: answer(epsilon, condition) for name, answer in answers.items()}

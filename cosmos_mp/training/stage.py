@@ -7,11 +7,12 @@ from pathlib import Path
 
 from cosmos_mp.config import ConfigError, DMD2Run, KDRun, OptimConfig, TeacherRun, to_dict
 from cosmos_mp.data.dataset import LatentDataset
+from cosmos_mp.diffusion.samplers import Answer
 from cosmos_mp.distill.method import Method
 from cosmos_mp.parallel.topology import Topology
 from cosmos_mp.training.callbacks import Callback, ConsoleLog, JsonLines, Pictures, ProgressBar, TensorBoard
 from cosmos_mp.training.loop import fit
-from cosmos_mp.training.samples import Answer, renderer
+from cosmos_mp.training.samples import renderer
 
 INTERRUPTED = 75
 """Exit code of a run that a signal ended after saving (EX_TEMPFAIL): start it again and it goes on."""
