@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from cosmos_mp.config import parse
+from cosmos_mp.options import parse
 
 T = TypeVar("T")
 
@@ -34,10 +34,9 @@ def guarded(run: Callable[[], int | None]) -> None:
     """
     try:
         code = run()
-    except (ValueError, OSError, LookupError, ArithmeticError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("COSMOS_MP_TRACEBACK"):
             raise
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"error: {type(error).__name__}: {message}", file=sys.stderr)
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     raise SystemExit(code or 0)

@@ -10,7 +10,8 @@ from typing import Literal
 import tyro
 
 from cosmos_mp.cli import stage
-from cosmos_mp.config import ClipConfig, ConfigError, EncodeRun, EvaluateRun, SampleRun, TextConfig, parse, save
+from cosmos_mp.config import ClipConfig, ConfigError, EncodeRun, EvaluateRun, SampleRun, TextConfig
+from cosmos_mp.options import parse, save
 from cosmos_mp.parallel.topology import rank_and_world, single_process
 
 Command = Callable[[list[str]], int | None]
@@ -49,15 +50,20 @@ def synthesize(words: list[str]) -> None:
 def index(words: list[str]) -> None:
     """List a folder's usable clips, with the reason for each other."""
 
-    def _index(videos: Path, /, min_frames: int = 121) -> None:
-        """Decode every video of VIDEOS and write VIDEOS/clips.jsonl and VIDEOS/rejected.jsonl."""
+    def _index(videos: Path, /, min_frames: int = 121, out: Path | None = None, decode: bool = True) -> None:
+        """Decode every video of VIDEOS and write clips.jsonl and rejected.jsonl.
+
+        Args:
+            out: where to write them, such as when VIDEOS is read-only; VIDEOS if not given.
+            decode: count frames by decoding; without, packets are counted: faster, but blind to damage inside a file.
+        """
         from cosmos_mp.data.clips import index_clips
 
-        found = index_clips(videos, min_frames=min_frames)
+        found = index_clips(videos, min_frames=min_frames, out=out, decode=decode)
         for rejected in found.rejected[:20]:
             print(f"skipped {rejected.video}: {rejected.reason}")
         more = f", {len(found.rejected)} skipped (rejected.jsonl has the reasons)" if found.rejected else ""
-        print(f"{videos / 'clips.jsonl'}: {len(found.clips)} clips{more}")
+        print(f"{found.path}: {len(found.clips)} clips{more}")
 
     _call(_index, words)
 
@@ -66,16 +72,28 @@ def fit_tokenizer(words: list[str]) -> None:
     """Fit the tiny tokenizer, which needs no download, to indexed clips."""
 
     def _fit_tokenizer(
-        videos: Path, out: Path, /, clips: int = 1024, frames: int = 9, height: int = 64, width: int = 64, seed: int = 0
+        videos: Path,
+        out: Path,
+        /,
+        clips: int = 1024,
+        frames: int = 9,
+        height: int = 64,
+        width: int = 64,
+        seed: int = 0,
+        index: Path | None = None,
     ) -> None:
-        """Fit on the first CLIPS clips of VIDEOS and write the folder OUT."""
+        """Fit on the first CLIPS clips of VIDEOS and write the folder OUT.
+
+        Args:
+            index: folder of their index; VIDEOS if not given.
+        """
         from cosmos_mp.data.clips import fit, load_index, read_window
         from cosmos_mp.tokenizers.tiny import FILE, fit_tiny
 
         if (out / FILE).is_file():
             print(f"{out}: there already, kept")
             return
-        records = load_index(videos / "clips.jsonl")[:clips]
+        records = load_index((index or videos) / "clips.jsonl")[:clips]
         fit_tiny([fit(read_window(videos / r.video, 0, frames), height, width)[0] for r in records], seed).save(out)
         print(f"{out}: fitted on {len(records)} clips")
 
@@ -85,10 +103,19 @@ def fit_tokenizer(words: list[str]) -> None:
 def cache_text(words: list[str]) -> None:
     """Encode captions once, so that training needs no text encoder."""
 
-    def _cache_text(videos: Path, out: Path, /, negative_prompt: bool = True, text: TextConfig = T5, from_nvidia: bool = False) -> None:
-        """Encode the captions of VIDEOS/clips.jsonl into the folder OUT; captions that are there are kept.
+    def _cache_text(
+        videos: Path,
+        out: Path,
+        /,
+        negative_prompt: bool = True,
+        text: TextConfig = T5,
+        from_nvidia: bool = False,
+        index: Path | None = None,
+    ) -> None:
+        """Encode the captions of VIDEOS' clips into the folder OUT; captions that are there are kept.
 
         Args:
+            index: folder of the clips' index; VIDEOS if not given.
             negative_prompt: add the recipe's negative prompt.
             from_nvidia: take VIDEOS/t5_xxl/*.pickle instead of running an encoder.
         """
@@ -100,7 +127,7 @@ def cache_text(words: list[str]) -> None:
         if from_nvidia:
             print(f"{out}: {import_nvidia(out, videos, dim=text.dim)} embeddings added")
             return
-        captions = [record.caption for record in load_index(videos / "clips.jsonl")]
+        captions = [record.caption for record in load_index((index or videos) / "clips.jsonl")]
         added = write_cache(out, build_text_encoder(text), captions + ([NEGATIVE_PROMPT] if negative_prompt else []))
         print(f"{out}: {added} captions added")
 
@@ -120,7 +147,7 @@ def encode(words: list[str]) -> int | None:
         if rank == 0:
             save(config, Path(config.out) / "config.json")
         complete = encode_clips(
-            split_clips(load_index(root / "clips.jsonl"), config.split, config.holdout_share),
+            split_clips(load_index(Path(config.index or config.videos) / "clips.jsonl"), config.split, config.holdout_share),
             root,
             Path(config.out),
             config.clip,
@@ -183,9 +210,10 @@ def convert(words: list[str]) -> None:
         from cosmos_mp.convert.huggingface import Card, check_export, export_student
         from cosmos_mp.convert.nvidia import write_nvidia
         from cosmos_mp.models.weights import fingerprint
-        from cosmos_mp.roles import read_weights
+        from cosmos_mp.roles import check_sizes, read_weights
 
         config = parse(SampleRun, [preset], prog="python -m cosmos_mp convert")
+        check_sizes(weights, config.net)
         values = read_weights(weights, "student")
         if to != "hf":
             write_nvidia(values, out, to.removeprefix("nvidia-"))

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 Control = Literal["edge", "vis", "depth", "keypoint", "seg"]
 Head = Literal["conv3d", "conv2d", "attention", "spatial_temporal"]
@@ -147,6 +143,8 @@ class TextConfig:
     path: str = "checkpoints/google-t5/t5-11b"
     tokens: int = 512
     dim: int = 1024
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of T5's weights and computing; bfloat16 halves its memory. Embeddings are float32."""
 
 
 @dataclass(frozen=True)
@@ -301,7 +299,9 @@ class EncodeRun:
     """`python -m cosmos_mp encode`: a folder of captioned videos to latents, control latents and text embeddings."""
 
     videos: str = "datasets/dmd2"
-    """Folder with videos/ and metas/; `python -m cosmos_mp index` lists its clips."""
+    """Folder with videos/ and metas/."""
+    index: str = ""
+    """Folder with the clips.jsonl that `python -m cosmos_mp index` wrote; empty = the videos' folder."""
     out: str = "datasets/clips/train"
     seed: int = 0
     shard_size: int = 64
@@ -485,104 +485,3 @@ STAGES: dict[str, type] = {
     "evaluate": EvaluateRun,
     "sample": SampleRun,
 }
-T = TypeVar("T")
-
-
-# --- Reading, writing, command line ---
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as plain JSON values, with its stage."""
-    stage = next(name for name, kind in STAGES.items() if kind is type(config))
-    return {"stage": stage, **dataclasses.asdict(config)}
-
-
-def save(config: Run, path: Path) -> None:
-    """Write the resolved configuration as JSON, visible at once and whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(to_dict(config), indent=1) + "\n")
-    partial.replace(path)
-
-
-def load(path: Path) -> Run:
-    """Read a configuration written by `save`.
-
-    Raises:
-        ConfigError: not JSON, an unknown or missing key, or a value of another type; the message names file and key.
-    """
-    try:
-        values = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not valid JSON ({error}); restore it or start the run in another folder") from None
-    stage = values.pop("stage", None) if isinstance(values, dict) else None
-    if not isinstance(stage, str) or stage not in STAGES:
-        raise ConfigError(f"{path}: stage is {stage!r}, expected one of {', '.join(STAGES)}")
-    return _build(STAGES[stage], values, str(path))
-
-
-def _build(kind: type[T], values: Any, where: str) -> T:
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: expected a table of options, found {type(values).__name__}")
-    hints = get_type_hints(kind)
-    names = [f.name for f in dataclasses.fields(kind)]
-    for key in values:
-        if key not in names:
-            raise ConfigError(f"{where}: unknown key {key!r}{_nearest(key, names)}")
-    missing = [name for name in names if name not in values]
-    if missing:
-        raise ConfigError(f"{where}: missing key(s) {', '.join(missing)}")
-    return kind(**{name: _value(hints[name], values[name], f"{where}: {name}") for name in names})
-
-
-def _value(kind: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, where)
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ConfigError(f"{where}: {value!r} is none of {', '.join(map(str, get_args(kind)))}")
-        return value
-    if get_origin(kind) is tuple:
-        args = get_args(kind)
-        if not isinstance(value, list | tuple) or (args[-1] is not Ellipsis and len(args) != len(value)):
-            raise ConfigError(f"{where}: {value!r} does not fit {kind}")
-        return tuple(_value(args[0], item, where) for item in value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise ConfigError(f"{where}: {value!r} is {type(value).__name__}, expected {kind.__name__}")
-    return value
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
-
-
-def parse(kind: type[T], argv: list[str], *, prog: str | None = None) -> T:
-    """`PRESET [--section.option value ...]` to a configuration of `kind`.
-
-    The first word names a preset of that stage, or the config.json of an earlier run. tyro reports unknown and ill-typed options with the
-    nearest name and exits with status 2.
-    """
-    import tyro
-
-    from cosmos_mp import presets
-
-    names = presets.names(kind)
-    if not argv or argv[0].startswith("-"):
-        raise SystemExit(f"usage: {prog or Path(sys.argv[0]).name} PRESET [--section.option value ...]\npresets: {', '.join(names)}")
-    first, rest = argv[0], argv[1:]
-    if first.endswith(".json"):
-        if not Path(first).is_file():
-            raise ConfigError(f"{first}: no such configuration file")
-        default = load(Path(first))
-        if not isinstance(default, kind):
-            raise ConfigError(f"{first} configures stage {to_dict(default)['stage']!r}, this command runs {kind.__doc__.split(':')[0]}")
-    elif first in names:
-        default = presets.get(first)
-    else:
-        raise ConfigError(f"unknown preset {first!r}{_nearest(first, names)}")
-    return tyro.cli(kind, default=default, args=rest, prog=f"{prog or Path(sys.argv[0]).name} {first}", use_underscores=True)

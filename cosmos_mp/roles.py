@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from cosmos_mp.backends.local import LocalBackend
 from cosmos_mp.config import ConfigError, HeadConfig, NetConfig, TextConfig
-from cosmos_mp.convert.huggingface import import_huggingface
+from cosmos_mp.convert.huggingface import import_huggingface, read_sizes
 from cosmos_mp.convert.nvidia import read_networks
 from cosmos_mp.models.discriminator import Discriminator
 from cosmos_mp.models.transfer import TransferNet
@@ -39,9 +41,32 @@ def load_transfer_net(net: NetConfig, topology: Topology, source: str, role: str
         source: what `read_weights` takes.
         role: whose weights, where the source is a run.
     """
+    check_sizes(source, net)
     network = transfer_net(net, topology)
     load_weights(network, read_weights(source, role), source)
     return network
+
+
+def check_sizes(source: str, net: NetConfig) -> None:
+    """Refuse a run or Hugging Face folder that records other sizes than `net`: the rotary ratios, for one, fit any weights.
+
+    Raises:
+        ConfigError: they differ; the message names folder and options.
+    """
+    folder = Path(source)
+    if (folder / "model_index.json").is_file():
+        found = dataclasses.asdict(read_sizes(folder))
+    elif (folder / "config.json").is_file():
+        found = json.loads((folder / "config.json").read_text())["net"]
+    else:
+        return
+    wanted = json.loads(json.dumps(dataclasses.asdict(net)))
+    found = json.loads(json.dumps(found))
+    differing = [f"net.{key}={found.get(key)}, here {value}" for key, value in wanted.items() if found.get(key) != value]
+    if differing:
+        raise ConfigError(
+            f"{source} holds another network ({'; '.join(differing)}); name the preset or net.* options that it was made with"
+        )
 
 
 def read_weights(source: str, role: str) -> dict[str, Tensor]:

@@ -26,11 +26,11 @@ from cosmos_mp.tokenizers.frames import frames_to_video, video_to_frames
 def sample(config: SampleRun) -> Path:
     """Write the student's clip to `config.out` and return its path.
 
-    A control longer than one clip is answered chunk by chunk: each chunk after the first is given the last frame of the one before,
-    which needs a student that was trained with given frames (diffusion.condition_frames > 0).
+    A control longer than one clip is answered chunk by chunk: each chunk after the first is given the last frame of the one before.
+    A student that was trained without given frames (diffusion.condition_frames = 0) answers the first clip's length alone, and says so.
 
     Raises:
-        ConfigError: no or two sources of control, no caption, or a control too short or too long for the student.
+        ConfigError: no or two sources of control, no caption, or a control shorter than a clip.
     """
     if not config.prompt:
         raise ConfigError("no caption: give --prompt")
@@ -41,6 +41,8 @@ def sample(config: SampleRun) -> Path:
     topology = single_process()
     control, padding_mask, fps = _control(config)
     starts = chunk_starts(len(control), config.clip.frames, config.diffusion.condition_frames > 0)
+    if (made := starts[-1] + config.clip.frames) < len(control):
+        print(f"note: {made} of the control's {len(control)} frames are answered: this student continues no clip (condition_frames=0)")
     tokenizer = build_tokenizer(config.tokenizer, topology.device)
     student = Denoiser(
         load_transfer_net(config.net, topology, config.student, "student").requires_grad_(False), config.diffusion, config.control_weight

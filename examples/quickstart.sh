@@ -28,8 +28,13 @@ say() { printf '\n== %s (%d s)\n' "$1" $((SECONDS - began)); }
 # --- Sizes: the whole recipe, or each stage shortened ---
 clips=4608 pairs=2048 teacher=2400 kd=800 dmd2=400 samples=512 checks=recipe
 if [ -n "$fast" ]; then clips=192 pairs=64 teacher=60 kd=20 dmd2=20 samples=16 checks=calls; fi
-if [ -n "$videos" ] && [ "$checks" = recipe ]; then checks=calls; fi # the recipe's promises are about its own clips
+share=0.1
+if [ -n "$videos" ]; then # the recipe's promises are about its own clips; of a small folder, more is held out
+  share=0.2 least=32
+  [ "$checks" != recipe ] || checks=calls
+fi
 
+index=$out/index
 tokenizer=(--tokenizer.path "$out/tokenizer")
 train=(--holdout "$out/clips/holdout" "${tokenizer[@]}" --train.seed "$seed")
 
@@ -40,10 +45,16 @@ if [ -z "$videos" ]; then
 fi
 
 say "index and encode the clips in $videos"
-python -m cosmos_mp index "$videos" --min-frames 9
-python -m cosmos_mp fit-tokenizer "$videos" "$out/tokenizer"
+python -m cosmos_mp index "$videos" --out "$index" --min-frames 9 # a folder of one's own is only read
+usable=$(wc -l <"$index/clips.jsonl")
+if [ "$usable" -lt "${least:-0}" ]; then
+  echo "error: $videos has $usable usable clips, at least $least are needed; $index/rejected.jsonl says why others are not" >&2
+  exit 1
+fi
+python -m cosmos_mp fit-tokenizer "$videos" "$out/tokenizer" --index "$index"
 for split in train holdout; do
-  python -m cosmos_mp encode tiny_encode --videos "$videos" --out "$out/clips/$split" --split "$split" --seed "$seed" "${tokenizer[@]}"
+  python -m cosmos_mp encode tiny_encode --videos "$videos" --index "$index" --out "$out/clips/$split" \
+    --split "$split" --holdout_share "$share" --seed "$seed" "${tokenizer[@]}"
 done
 
 say "teacher"
@@ -58,12 +69,17 @@ say "KD"
 python pretrain_scripts/pretrain_kd.py tiny_kd --out "$out/kd" --pairs "$out/pairs" --teacher "$out/teacher" "${train[@]}" \
   --train.iterations "$kd"
 
-for gan in 0.3 0; do
-  run=$out/dmd2 && [ "$gan" != 0 ] || run=$out/dmd2_without_gan
-  say "DMD2, GAN weight $gan"
-  python pretrain_scripts/pretrain_dmd2.py tiny_dmd2 --out "$run" --clips "$out/clips/train" --teacher "$out/teacher" --student "$out/kd" \
-    "${train[@]}" --train.iterations "$dmd2" --dmd2.gan_weight "$gan"
-done
+say "DMD2, and beside it DMD2 without GAN (its words go to $out/dmd2_without_gan.log)"
+dmd2() { # NAME WEIGHT: one core each; two threads of one run would gain less
+  OMP_NUM_THREADS=1 python pretrain_scripts/pretrain_dmd2.py tiny_dmd2 --out "$out/$1" --clips "$out/clips/train" --teacher "$out/teacher" \
+    --student "$out/kd" "${train[@]}" --train.iterations "$dmd2" --dmd2.gan_weight "$2"
+}
+dmd2 dmd2_without_gan 0 >"$out/dmd2_without_gan.log" 2>&1 &
+beside=$!
+trap 'kill "$beside" 2>/dev/null || true' EXIT # it saves and ends when this script does
+dmd2 dmd2 0.3
+wait "$beside" || { tail -n 5 "$out/dmd2_without_gan.log" >&2; exit 1; }
+trap - EXIT
 
 say "Hugging Face folder, loaded again with diffusers"
 if [ ! -e "$out/student.checked" ]; then # written last: a folder whose check failed or was interrupted is made anew
@@ -73,7 +89,7 @@ if [ ! -e "$out/student.checked" ]; then # written last: a folder whose check fa
 fi
 
 say "one clip from that folder"
-first() { python -c 'import json, sys; print(json.loads(sys.stdin.readline())[sys.argv[1]])' "$1" <"$videos/clips.jsonl"; }
+first() { python -c 'import json, sys; print(json.loads(sys.stdin.readline())[sys.argv[1]])' "$1" <"$index/clips.jsonl"; }
 python -m cosmos_mp sample tiny_sample --student "$out/student" --video "$videos/$(first video)" --prompt "$(first caption)" \
   --out "$out/sample.mp4" "${tokenizer[@]}" --seed "$seed"
 

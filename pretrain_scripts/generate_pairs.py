@@ -9,13 +9,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cosmos_mp.cli import stage_main
-from cosmos_mp.config import PairsRun, save
+from cosmos_mp.config import PairsRun
 from cosmos_mp.data.dataset import LatentDataset
 from cosmos_mp.data.shards import ShardWriter
 from cosmos_mp.diffusion.edm import Denoiser
 from cosmos_mp.diffusion.samplers import guidance_words
 from cosmos_mp.distill.pairs import generate_pairs, pairs_header
 from cosmos_mp.models.weights import fingerprint, named_weights
+from cosmos_mp.options import save
 from cosmos_mp.parallel.topology import single_process
 from cosmos_mp.roles import load_transfer_net, unconditional_text
 

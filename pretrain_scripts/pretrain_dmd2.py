@@ -8,18 +8,20 @@ from cosmos_mp.config import DMD2Run
 from cosmos_mp.diffusion.edm import Denoiser
 from cosmos_mp.diffusion.samplers import answer_in_one_step, guidance_words
 from cosmos_mp.distill.dmd2 import DMD2
-from cosmos_mp.parallel.recompute import recompute_blocks
+from cosmos_mp.models.block import Block
+from cosmos_mp.parallel.recompute import recompute
 from cosmos_mp.parallel.topology import single_process
 from cosmos_mp.roles import load_transfer_net, new_discriminator, unconditional_text
-from cosmos_mp.training.stage import open_store, train
+from cosmos_mp.training.stage import open_held_out, open_store, train
 
 
 def main(config: DMD2Run) -> int:
-    # --- Data ---
-    clips = open_store(config.clips, "clips", config)
+    # --- Data: opened before any network, so that a wrong path costs seconds ---
+    topology = single_process()
+    clips, held_out = open_store(config.clips, "clips", config), open_held_out(config, topology)
 
     # --- Roles: after KD the student is no longer the teacher; the fake score starts as either ---
-    topology, net, options = single_process(), config.net, config.dmd2
+    net, options = config.net, config.dmd2
     starts = {
         "teacher": (config.teacher, "teacher"),
         "student": (config.student, "student") if config.student else (config.teacher, "teacher"),
@@ -37,7 +39,7 @@ def main(config: DMD2Run) -> int:
         optim["discriminator"] = config.optim_discriminator
     if config.train.recompute == "full":
         for network in networks.values():
-            recompute_blocks(network)
+            recompute(network, Block)
     unconditional = unconditional_text(options.unconditional, config.negative_prompt, config.text, topology.device)
 
     # --- Method and loop ---
@@ -48,7 +50,7 @@ def main(config: DMD2Run) -> int:
         "teacher 1-step": Denoiser(networks["teacher"], config.diffusion),
     }
     answers = {name: answer_in_one_step(denoiser) for name, denoiser in rows.items()}
-    return train(config, topology, method, clips, optim, answers)
+    return train(config, topology, method, clips, held_out, optim, answers)
 
 
 if __name__ == "__main__":

@@ -8,30 +8,34 @@ from cosmos_mp.config import KDRun
 from cosmos_mp.diffusion.edm import Denoiser
 from cosmos_mp.diffusion.samplers import answer_in_one_step
 from cosmos_mp.distill.kd import KD
-from cosmos_mp.parallel.recompute import recompute_blocks
+from cosmos_mp.models.block import Block
+from cosmos_mp.models.weights import fingerprint, named_weights
+from cosmos_mp.parallel.recompute import recompute
 from cosmos_mp.parallel.topology import single_process
 from cosmos_mp.roles import load_transfer_net
-from cosmos_mp.training.stage import open_store, train
+from cosmos_mp.training.stage import open_held_out, open_store, train
 
 
 def main(config: KDRun) -> int:
-    # --- Data ---
-    pairs = open_store(config.pairs, "pairs", config)
+    # --- Data: opened before any network, so that a wrong path costs seconds ---
+    topology = single_process()
+    pairs, held_out = open_store(config.pairs, "pairs", config), open_held_out(config, topology)
 
     # --- Roles: the student starts as the teacher; a frozen teacher is needed for the pictures alone ---
-    topology = single_process()
     student = load_transfer_net(config.net, topology, config.teacher, "teacher")
+    if pairs.reader.header.meta["teacher"] != fingerprint(named_weights(student)):
+        print(f"note: the pairs of {config.pairs} are another teacher's than {config.teacher}, where the student starts")
     if config.train.recompute == "full":
-        recompute_blocks(student)
+        recompute(student, Block)
     answering = {"student 1-step": Denoiser(student, config.diffusion)}
-    if config.train.picture_every:
+    if held_out is not None:
         teacher = load_transfer_net(config.net, topology, config.teacher, "teacher").requires_grad_(False)
         answering["teacher 1-step"] = Denoiser(teacher, config.diffusion)
 
     # --- Method and loop ---
     method = KD(student, config.diffusion, config.train.seed)
     answers = {name: answer_in_one_step(denoiser) for name, denoiser in answering.items()}
-    return train(config, topology, method, pairs, {"student": config.optim_student}, answers)
+    return train(config, topology, method, pairs, held_out, {"student": config.optim_student}, answers)
 
 
 if __name__ == "__main__":

@@ -8,30 +8,31 @@ from cosmos_mp.config import TeacherRun
 from cosmos_mp.diffusion.edm import Denoiser
 from cosmos_mp.diffusion.samplers import answer_in_one_step
 from cosmos_mp.distill.teacher import TeacherPretraining
-from cosmos_mp.parallel.recompute import recompute_blocks
+from cosmos_mp.models.block import Block
+from cosmos_mp.parallel.recompute import recompute
 from cosmos_mp.parallel.topology import single_process
 from cosmos_mp.roles import load_transfer_net, new_transfer_net
-from cosmos_mp.training.stage import open_store, train
+from cosmos_mp.training.stage import open_held_out, open_store, train
 
 
 def main(config: TeacherRun) -> int:
-    # --- Data: stores are opened first, so that a wrong path costs seconds ---
-    clips = open_store(config.clips, "clips", config)
+    # --- Data: opened before any network, so that a wrong path costs seconds ---
+    topology = single_process()
+    clips, held_out = open_store(config.clips, "clips", config), open_held_out(config, topology)
 
     # --- Role ---
-    topology = single_process()
     if config.init:
         teacher = load_transfer_net(config.net, topology, config.init, "teacher")
     else:
         teacher = new_transfer_net(config.net, topology, config.train.seed)
     if config.train.recompute == "full":
-        recompute_blocks(teacher)
+        recompute(teacher, Block)
 
     # --- Method and loop ---
     method = TeacherPretraining(teacher, config.diffusion, config.loss, config.train.seed)
     denoiser = Denoiser(teacher, config.diffusion)
     answers = {"teacher 1-step": answer_in_one_step(denoiser)}
-    return train(config, topology, method, clips, {"teacher": config.optim_teacher}, answers, ema_role="teacher")
+    return train(config, topology, method, clips, held_out, {"teacher": config.optim_teacher}, answers, ema_role="teacher")
 
 
 if __name__ == "__main__":

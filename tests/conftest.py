@@ -23,6 +23,7 @@ from cosmos_mp.models.discriminator import Discriminator
 from cosmos_mp.models.dit import NetInput
 from cosmos_mp.models.transfer import TransferNet
 from cosmos_mp.models.weights import build
+from cosmos_mp.options import parse
 from cosmos_mp.parallel import noise
 from cosmos_mp.parallel.topology import single_process
 
@@ -207,7 +208,7 @@ class World:
 
     def config(self, stage: str, out: str, *options: object) -> config.Run:
         """The configuration that these words mean."""
-        return config.parse(config.STAGES[stage], self.words(stage, out, *options))
+        return parse(config.STAGES[stage], self.words(stage, out, *options))
 
     def run(self, stage: str, out: str, *options: object) -> Path:
         """Run a training stage to its end, in this process; returns its folder."""

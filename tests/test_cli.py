@@ -39,7 +39,6 @@ def failing(error: BaseException):
         CheckpointWriteError("disk full"),
         NonFiniteError("loss term 'kd' is nan"),
         FileNotFoundError(2, "No such file or directory", "clips.jsonl"),
-        IndexError("the store holds samples 0..7, not 8"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -51,10 +50,10 @@ def test_a_known_error_is_one_line_and_status_1(capsys, monkeypatch, error):
     assert captured.out == ""
 
 
-def test_a_key_error_is_shown_without_quotes(capsys, monkeypatch):
-    monkeypatch.delenv("COSMOS_MP_TRACEBACK", raising=False)
-    assert status(failing(KeyError("no preset tiny_x"))) == 1
-    assert capsys.readouterr().err == "error: KeyError: no preset tiny_x\n"
+@pytest.mark.parametrize("error", [KeyError("name"), IndexError("list index out of range"), ZeroDivisionError("division by zero")])
+def test_a_mistake_of_ours_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        guarded(failing(error))
 
 
 def test_the_traceback_is_there_for_who_wants_it(monkeypatch):

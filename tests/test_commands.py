@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cosmos_mp import __main__, commands, config
+from cosmos_mp import __main__, commands, options
 from cosmos_mp.config import ConfigError, TextConfig
 from cosmos_mp.data.clips import load_index
 from cosmos_mp.data.dataset import LatentDataset
@@ -103,6 +103,24 @@ def test_synthesize_index_and_fit_tokenizer(main, tmp_path):
     assert file.stat().st_mtime_ns == before
 
 
+def test_a_folder_that_is_only_read_is_indexed_elsewhere(main, tiny_world, tmp_path):
+    videos, index, tokenizer = tmp_path / "videos", tmp_path / "index", str(tmp_path / "tokenizer")
+    for room in ("videos", "metas"):
+        shutil.copytree(tiny_world.root / "videos" / room, videos / room)
+    before = {path: path.stat().st_mtime_ns for path in [videos, *videos.rglob("*")]}
+    where = ["--index", str(index)]
+    status, out, _ = main("index", str(videos), "--min-frames", "9", "--out", str(index), "--no-decode")
+    assert (status, out) == (0, f"{index / 'clips.jsonl'}: 48 clips\n")
+    assert main("fit-tokenizer", str(videos), tokenizer, *where, "--clips", "20")[0] == 0
+    assert main("cache-text", str(videos), str(tmp_path / "text"), *where, "--text.kind", "tiny")[0] == 0
+    store = ["--out", str(tmp_path / "clips"), "--tokenizer.path", tokenizer, "--limit", "2"]
+    assert main("encode", "tiny_encode", "--videos", str(videos), *where, *store)[0] == 0
+    assert len(LatentDataset(tmp_path / "clips", 0, expect={})) == 2
+    assert {path: path.stat().st_mtime_ns for path in [videos, *videos.rglob("*")]} == before
+    status, _, err = main("encode", "tiny_encode", "--videos", str(videos), *store)
+    assert status == 1 and f"{videos / 'clips.jsonl'}: no index of clips; make it with `python -m cosmos_mp index {videos}`" in err
+
+
 def test_a_folder_without_usable_clips_is_an_error(main, tiny_world, tmp_path):
     shutil.copytree(tiny_world.root / "videos", tmp_path / "videos")
     status, out, err = main("index", str(tmp_path / "videos"), "--min-frames", "10")
@@ -160,14 +178,14 @@ def test_ranks_of_torchrun_encode_their_own_shards(tiny_world, tmp_path, monkeyp
 def sample_json(world, folder: Path) -> str:
     """The sizes of the small world's networks as a file that `convert` takes for its preset."""
     path = folder / "sample.json"
-    config.save(world.config("sample", "x.mp4"), path)
+    options.save(world.config("sample", "x.mp4"), path)
     return str(path)
 
 
 @pytest.mark.parametrize("layout", ["nvidia-teacher", "nvidia-student"])
 def test_convert_to_an_nvidia_file_and_back(tiny_chain, tmp_path, layout):
     run = str(tiny_chain.root / "dmd2")
-    commands.convert(["tiny_sample", run, str(tmp_path / "student.pt"), "--to", layout])
+    commands.convert([sample_json(tiny_chain, tmp_path), run, str(tmp_path / "student.pt"), "--to", layout])
     same(read_weights(str(tmp_path / "student.pt"), "student"), read_weights(run, "student"))
     names = torch.load(tmp_path / "student.pt", weights_only=True)
     names = names["model"] if layout == "nvidia-student" else names
@@ -185,7 +203,7 @@ def test_convert_to_a_hugging_face_folder_and_back(tiny_chain, tmp_path, capsys)
 
 
 def test_convert_of_another_size_is_refused(tiny_chain, tmp_path):
-    with pytest.raises(ValueError, match="net"):
+    with pytest.raises(ConfigError, match="dmd2 holds another network .net.hidden=48, here 96"):
         commands.convert(["tiny_sample", str(tiny_chain.root / "dmd2"), str(tmp_path / "student")])
     assert not (tmp_path / "student").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from cosmos_mp.convert.nvidia import write_nvidia
 from cosmos_mp.models.weights import WeightError, fingerprint, named_weights
 from cosmos_mp.parallel.topology import single_process
 from cosmos_mp.presets import NEGATIVE_PROMPT
-from cosmos_mp.roles import load_transfer_net, new_discriminator, new_transfer_net, read_weights, unconditional_text
+from cosmos_mp.roles import check_sizes, load_transfer_net, new_discriminator, new_transfer_net, read_weights, unconditional_text
 from cosmos_mp.text import build_text_encoder
-from cosmos_mp.training.checkpoint import CheckpointError, load_weights_of
+from cosmos_mp.training.checkpoint import CheckpointError, latest, load_weights_of
 
 
 @pytest.fixture
@@ -114,6 +115,21 @@ def test_weights_of_another_size_are_refused_by_name(tmp_path, weights, tiny_net
     write_nvidia({name: value for name, value in weights.items() if name.startswith("base")}, tmp_path / "base.pt")
     with pytest.raises(WeightError, match="missing: control"):
         load_transfer_net(tiny_net(), single_process(), str(tmp_path / "base.pt"), "teacher")
+
+
+def test_a_folder_of_another_network_is_refused_though_its_weights_fit(tiny_chain, tmp_path, make_network, tiny_net):
+    """The rotary ratios shape no tensor: only what the folder records tells two such networks apart."""
+    net, run = tiny_chain.config("sample", "unused").net, tiny_chain.root / "kd"
+    for source in (run, latest(run)):
+        assert load_transfer_net(net, single_process(), str(source), "student")
+        with pytest.raises(ConfigError, match=r"kd.* holds another network \(net.rope_ratio=\[2.0, 1.0, 1.0\], here \[1.0, 1.0, 1.0\]\)"):
+            load_transfer_net(replace(net, rope_ratio=(1.0, 1.0, 1.0)), single_process(), str(source), "student")
+    sizes = tiny_net(mlp_hidden=48)
+    weights = named_weights(make_network(dtype=torch.float32, mlp_hidden=48))
+    export_student(weights, sizes, config.DiffusionConfig(latent_shape=(3, 4, 4, 6)), tmp_path / "hf", provenance={}, card=Card())
+    check_sizes(str(tmp_path / "hf"), sizes)
+    with pytest.raises(ConfigError, match="hf holds another network .net.control_rope_ratio="):
+        check_sizes(str(tmp_path / "hf"), replace(sizes, control_rope_ratio=(3.0, 1.0, 1.0)))
 
 
 def test_new_networks_follow_from_the_seed(tiny_net):

@@ -146,6 +146,13 @@ def test_a_control_shorter_than_a_clip_is_refused(chained):
         chunk_starts(8, 9, chained)
 
 
+def test_a_student_without_given_frames_says_that_it_makes_one_clip(run, capsys, long_control):
+    assert len(run("one.mp4", *PROMPT, "--control", long_control)) == 9
+    assert "note: 9 of the control's 20 frames are answered" in capsys.readouterr().out
+    run("all.mp4", *PROMPT, "--control", long_control, "--diffusion.condition_frames", "1")
+    assert "note" not in capsys.readouterr().out
+
+
 def test_each_chunk_starts_from_the_last_frame_of_the_one_before(run, tiny_chain, monkeypatch, long_control):
     answers = record_answers(monkeypatch)
     frames = run("a.mp4", *PROMPT, "--control", long_control, "--diffusion.condition_frames", "1")

@@ -30,7 +30,8 @@ from torch import Tensor
 from cosmos_mp import __version__
 from cosmos_mp.backends.local import LocalBackend
 from cosmos_mp.config import DiffusionConfig, NetConfig
-from cosmos_mp.convert.nvidia import compact, translate
+from cosmos_mp.convert.hf_names import UNUSED, ExportError, configs, from_huggingface, net_config, to_huggingface
+from cosmos_mp.convert.nvidia import compact
 from cosmos_mp.diffusion.edm import Condition, Denoiser
 from cosmos_mp.diffusion.samplers import one_step
 from cosmos_mp.models.embeddings import EPS, PATCH
@@ -42,47 +43,6 @@ FILES = Path(__file__).with_name("hf_files")
 CONTROLNET, PIPELINE = "cosmos_transfer1_controlnet", "pipeline_cosmos_transfer1_distilled"
 STEM = "diffusion_pytorch_model"
 TOLERANCE = 1e-5
-_UNUSED = "control.final."
-_SUBLAYERS = ("self", "cross", "mlp")
-# (our name, their name) of what base and control branch have in common, inside one network; {} stand for numbers that are carried over.
-_TRUNK = [
-    *((f"position.{axis}", f"learnable_pos_embed.pos_emb_{axis}") for axis in "thw"),
-    *((f"time.linear_{k}.weight", f"time_embed.t_embedder.linear_{k}.weight") for k in (1, 2)),
-    ("time.norm.weight", "time_embed.norm.weight"),
-]
-_BLOCK = [
-    *(
-        (f"{sub}_mod.{ours}.weight", f"norm{j}.linear_{k}.weight")
-        for j, sub in enumerate(_SUBLAYERS, 1)
-        for k, ours in ((1, "down"), (2, "up"))
-    ),
-    *(
-        (f"{sub}_attn.{ours}.weight", f"attn{j}.{theirs}.weight")
-        for j, sub in enumerate(_SUBLAYERS[:2], 1)
-        for ours, theirs in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("q_norm", "norm_q"), ("k_norm", "norm_k"), ("out", "to_out.0"))
-    ),
-    ("mlp.up.weight", "ff.net.0.proj.weight"),
-    ("mlp.down.weight", "ff.net.2.weight"),
-]
-# (our name, their folder and name), whole.
-TABLE: list[tuple[str, str]] = [
-    *((f"base.{ours}", f"transformer/{theirs}") for ours, theirs in _TRUNK),
-    *((f"base.blocks.{{}}.{ours}", f"transformer/transformer_blocks.{{}}.{theirs}") for ours, theirs in _BLOCK),
-    ("base.patch_embed.weight", "transformer/patch_embed.proj.weight"),
-    ("base.final.mod.down.weight", "transformer/norm_out.linear_1.weight"),
-    ("base.final.mod.up.weight", "transformer/norm_out.linear_2.weight"),
-    ("base.final.linear.weight", "transformer/proj_out.weight"),
-    *((f"control.{ours}", f"controlnet/{theirs}") for ours, theirs in _TRUNK),
-    *((f"control.blocks.{{}}.{ours}", f"controlnet/control_blocks.{{}}.{theirs}") for ours, theirs in _BLOCK),
-    ("control.patch_embed.weight", "controlnet/patch_embed_base.proj.weight"),
-    ("control.control_embed.weight", "controlnet/patch_embed.proj.weight"),
-    *((f"control.control_mlp.{{}}.{kind}", f"controlnet/input_hint_block.{{}}.{kind}") for kind in ("weight", "bias")),
-    *((f"control.zero.{{}}.{kind}", f"controlnet/zero_blocks.{{}}.{kind}") for kind in ("weight", "bias")),
-]
-
-
-class ExportError(ValueError):
-    """A folder that cannot be written, read or trusted; the message names file and remedy."""
 
 
 @dataclass(frozen=True)
@@ -106,121 +66,6 @@ class Card:
     text_encoder: str = "google-t5/t5-11b"
     text_tokens: int = 512
     metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-# --- Names and sizes ---
-
-
-def to_huggingface(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Our names to theirs, by folder ("transformer", "controlnet"); the control branch's unused final layer is left out.
-
-    Raises:
-        ExportError: a name is none of ours.
-    """
-    folders: dict[str, dict[str, Tensor]] = {"transformer": {}, "controlnet": {}}
-    for name, value in weights.items():
-        if name.startswith(_UNUSED):
-            continue
-        theirs = translate(name, TABLE)
-        if theirs is None:
-            raise ExportError(f"{name!r} has no Hugging Face name: give the student's weights alone (base.*, control.*)")
-        folder, _, inner = theirs.partition("/")
-        folders[folder][inner] = value
-    return folders
-
-
-def from_huggingface(folders: Mapping[str, Mapping[str, Tensor]], source: str) -> dict[str, Tensor]:
-    """Their names, by folder, to ours.
-
-    Raises:
-        ExportError: a name is none of theirs.
-    """
-    reverse = [(theirs, ours) for ours, theirs in TABLE]
-    named = {}
-    for folder, tensors in folders.items():
-        for name, value in tensors.items():
-            ours = translate(f"{folder}/{name}", reverse)
-            if ours is None:
-                raise ExportError(f"{source}: {folder}/{name} is no tensor of this network; export the folder again")
-            named[ours] = value
-    return named
-
-
-def configs(net: NetConfig) -> dict[str, dict[str, Any]]:
-    """Constructor arguments of the two diffusers models, by folder.
-
-    Raises:
-        ExportError: a size that diffusers' classes cannot express; the message names the option.
-    """
-    if net.mlp_hidden % net.hidden:
-        raise ExportError(f"net.mlp_hidden={net.mlp_hidden} must be a multiple of net.hidden={net.hidden}: diffusers knows the ratio alone")
-    for name, fixed in (("rope_theta", 10000.0), ("base_fps", 24.0)):
-        if getattr(net, name) != fixed:
-            raise ExportError(f"net.{name}={getattr(net, name)} cannot be exported: diffusers has {fixed:g} written into its layers")
-    shared = {
-        "in_channels": net.latent_channels + 1,
-        "num_attention_heads": net.heads,
-        "attention_head_dim": net.head_dim,
-        "mlp_ratio": float(net.mlp_hidden // net.hidden),
-        "text_embed_dim": net.text_dim,
-        "adaln_lora_dim": net.adaln_lora_dim,
-        "max_size": list(net.max_latent),
-        "patch_size": [1, PATCH, PATCH],
-    }
-    transformer = {
-        "out_channels": net.latent_channels,
-        "num_layers": net.blocks,
-        "rope_scale": list(net.rope_ratio),
-        "concat_padding_mask": True,
-        "extra_pos_embed_type": "learnable",
-        "use_crossattn_projection": False,
-        "controlnet_block_every_n": 1,
-        "img_context_dim_in": None,
-    }
-    controlnet = {
-        "n_controlnet_blocks": net.control_blocks,
-        "hint_channels": net.control_channels,
-        "hint_nf": list(net.control_mlp),
-        "rope_scale": list(net.control_rope_ratio),
-    }
-    return {"transformer": shared | transformer, "controlnet": shared | controlnet}
-
-
-def _net_config(found: Mapping[str, Mapping[str, Any]], source: str) -> NetConfig:
-    """The sizes behind two config.json; whatever they say must be what `configs` would write."""
-    try:
-        base, control = found["transformer"], found["controlnet"]
-        hidden = base["num_attention_heads"] * base["attention_head_dim"]
-        net = NetConfig(
-            hidden=hidden,
-            heads=base["num_attention_heads"],
-            blocks=base["num_layers"],
-            control_blocks=control["n_controlnet_blocks"],
-            mlp_hidden=int(base["mlp_ratio"] * hidden),
-            adaln_lora_dim=base["adaln_lora_dim"],
-            text_dim=base["text_embed_dim"],
-            latent_channels=base["out_channels"],
-            control_channels=control["hint_channels"],
-            control_mlp=tuple(control["hint_nf"]),
-            max_latent=tuple(base["max_size"]),
-            rope_ratio=tuple(base["rope_scale"]),
-            control_rope_ratio=tuple(control["rope_scale"]),
-        )
-    except KeyError as error:
-        raise ExportError(f"{source}: a config.json lacks {error}; export the folder again") from None
-    for folder, expected in configs(net).items():
-        given = {key: value for key, value in found[folder].items() if not key.startswith("_") and key != "auto_map"}
-        for key in sorted(expected.keys() | given.keys()):
-            got, wanted = given.get(key, "missing"), expected.get(key, "absent")
-            if got != wanted:
-                raise ExportError(f"{source}/{folder}/config.json: {key} is {got}, expected {wanted}; export the folder again")
-    return net
-
-
-def _check(weights: Mapping[str, Tensor], net: NetConfig, source: str) -> None:
-    """Strictly, on the meta device: nothing is copied."""
-    backend = LocalBackend(single_process().tp_group)
-    load_weights(build(lambda: TransferNet(net, backend), "meta"), weights, source)
 
 
 # --- Writing ---
@@ -263,7 +108,7 @@ def export_student(
         "net": dataclasses.asdict(net),
         "diffusion": dataclasses.asdict(diffusion),
         "qk_norm_eps": EPS,
-        "left_out": sorted(name for name in weights if name.startswith(_UNUSED)),
+        "left_out": sorted(name for name in weights if name.startswith(UNUSED)),
         "provenance": dict(provenance),
     }
     try:
@@ -373,15 +218,26 @@ def import_huggingface(folder: Path) -> tuple[dict[str, Tensor], NetConfig]:
         WeightError: a tensor is missing, unexpected or of another shape.
     """
     folder = Path(folder)
-    net = _net_config({part: _read_json(folder / part / "config.json") for part in ("transformer", "controlnet")}, str(folder))
+    net = read_sizes(folder)
     weights = from_huggingface({part: _read_weights(folder / part) for part in ("transformer", "controlnet")}, str(folder))
     backend = LocalBackend(single_process().tp_group)
     stored = next(iter(weights.values())).dtype
     for name, value in named_weights(build(lambda: TransferNet(net, backend), "meta")).items():
-        if name.startswith(_UNUSED):
+        if name.startswith(UNUSED):
             weights[name] = torch.zeros(value.shape, dtype=stored)
     _check(weights, net, str(folder))
     return weights, net
+
+
+def read_sizes(folder: Path) -> NetConfig:
+    """The network's sizes alone; errors as of `import_huggingface`."""
+    return net_config({part: _read_json(folder / part / "config.json") for part in ("transformer", "controlnet")}, str(folder))
+
+
+def _check(weights: Mapping[str, Tensor], net: NetConfig, source: str) -> None:
+    """Strictly, on the meta device: nothing is copied."""
+    backend = LocalBackend(single_process().tp_group)
+    load_weights(build(lambda: TransferNet(net, backend), "meta"), weights, source)
 
 
 def _read_json(path: Path) -> Any:

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cosmos_mp.files import whole
+
 _SUBLAYERS = ("self", "cross", "mlp")
 # (their name inside one network, our name inside one network); {} stand for what is carried over.
 _TABLE: list[tuple[str, str]] = [
@@ -149,10 +151,8 @@ def write_nvidia(weights: Mapping[str, Tensor], path: Path, layout: Layout = "te
     if path.exists():
         raise ValueError(f"{path} exists: remove it or choose another name")
     named = {name: compact(value) for name, value in to_nvidia(weights, layout).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    torch.save(named if layout == "teacher" else {"model": named, "ema": None}, partial)
-    partial.replace(path)
+    with whole(path) as partial:
+        torch.save(named if layout == "teacher" else {"model": named, "ema": None}, partial)
 
 
 def read_file(path: Path) -> dict[str, Tensor]:

@@ -6,9 +6,7 @@ Layouts read, also mixed: `videos/a.mp4` with `metas/a.txt` or `metas/a.json`; `
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -22,6 +20,7 @@ from tqdm import tqdm
 
 from cosmos_mp.data import video
 from cosmos_mp.data.video import VideoError, VideoFacts, check_frames
+from cosmos_mp.files import file_sha256, write_text
 from cosmos_mp.parallel import noise
 
 SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi")
@@ -117,7 +116,7 @@ def load_index(path: Path) -> list[ClipRecord]:
     Raises FileNotFoundError, or ValueError naming file and line on a missing, unknown or mistyped key or a repeated id.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no index of clips; make it with index_clips")
+        raise FileNotFoundError(f"{path}: no index of clips; make it with `python -m cosmos_mp index {path.parent}`")
     records: list[ClipRecord] = []
     seen = set()
     for number, entry in _read_jsonl(path):
@@ -227,8 +226,7 @@ class _Cache:
                 facts = video.probe(path, decode=self._counted_by == "frames")
             except VideoError as error:
                 raise _Unusable(str(error).removeprefix(f"{path}: ")) from error
-            with path.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            sha256 = file_sha256(path)
             self._known[key] = {"key": key, "facts": asdict(facts), "sha256": sha256}
             self._file.write(json.dumps(self._known[key]) + "\n")
             self._file.flush()
@@ -251,10 +249,7 @@ def _read_jsonl(path: Path) -> list[tuple[int, dict]]:
 
 
 def _write_jsonl(path: Path, entries: Iterable[dict]) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-    os.replace(unfinished, path)
+    write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
 
 
 # --- Windows of frames ---

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from cosmos_mp.config import ClipConfig, TextConfig, TokenizerConfig
 from cosmos_mp.data.clips import ClipRecord, fit, read_window, window_start
 from cosmos_mp.data.controls import edge_thresholds, make_control
-from cosmos_mp.data.shards import Field, Header, Sample, ShardWriter, file_sha256
+from cosmos_mp.data.shards import Field, Header, Sample, ShardWriter
+from cosmos_mp.files import file_sha256
 from cosmos_mp.text import TextEncoder, build_text_encoder
 from cosmos_mp.tokenizers import Tokenizer, build_tokenizer
 from cosmos_mp.tokenizers.frames import frames_to_video

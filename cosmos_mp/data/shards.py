@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from cosmos_mp.files import file_sha256, whole
 
 VERSION = 1
 COMMANDS = {"clips": "python -m cosmos_mp encode", "pairs": "python pretrain_scripts/generate_pairs.py"}
@@ -90,23 +90,13 @@ class Header:
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
     """A path to write to, that becomes `path` once it is on disk."""
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
-        yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with whole(path) as partial:
+            yield partial
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"{path} could not be written ({error}); free the disk and run the same command again: finished shards stay"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -119,12 +109,6 @@ def _read_json(path: Path, remedy: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise StoreError(f"{path} is damaged ({error}); {remedy}") from None
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tensors_path(store: Path, shard: int) -> Path:

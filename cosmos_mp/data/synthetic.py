@@ -9,7 +9,6 @@ from __future__ import annotations
 import colorsys
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from cosmos_mp.data.video import write_video
+from cosmos_mp.files import write_text
 from cosmos_mp.parallel.noise import generator
 
 KINDS = ("circle", "square", "triangle")
@@ -105,12 +105,6 @@ def render(seed: int, index: int, *, frames: int = 9, height: int = 64, width: i
     return np.rint(video_FHWC * 255).astype(np.uint8), caption
 
 
-def _write_text(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
 def synthesize(
     out: Path, count: int, *, seed: int, frames: int = 9, height: int = 64, width: int = 64, fps: float = 8.0, start: int = 0
 ) -> None:
@@ -127,11 +121,11 @@ def synthesize(
         raise ValueError(f"{out}: holds clips of {found}, now asked for {settings}; use another folder or remove this one")
     for room in ("videos", "metas"):
         (out / room).mkdir(parents=True, exist_ok=True)
-    _write_text(note, json.dumps(settings) + "\n")
+    write_text(note, json.dumps(settings) + "\n")
     for index in tqdm(range(start, start + count), desc="synthetic clips", unit="clip", disable=None):
         video, caption = out / "videos" / f"{index:06d}.mp4", out / "metas" / f"{index:06d}.txt"
         if video.exists() and caption.exists():
             continue
         pictures, words = render(seed, index, frames=frames, height=height, width=width)
         write_video(video, pictures, fps)
-        _write_text(caption, words + "\n")
+        write_text(caption, words + "\n", sync=False)  # thousands of files that a second run would make again

@@ -6,7 +6,6 @@ BT.709 that decoder needs a colour correction, so the index of clips records the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from pathlib import Path
 import av
 import numpy as np
 from av.video.reformatter import Colorspace, Interpolation
+
+from cosmos_mp.files import whole
 
 # Bilinear, full chroma, exact rounding: equal to DALI's decoder to the last bit. PyAV's default takes a chroma shortcut.
 _EXACT = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
@@ -143,22 +144,17 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
         raise ValueError(f"{path}: 4:2:0 video needs even sizes, got {width}x{height}; crop or pad the frames by one pixel")
     if not fps > 0:
         raise ValueError(f"{path}: fps must be above 0, got {fps}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        with av.open(str(unfinished), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            stream = container.add_stream(
-                "libx264", rate=Fraction(fps).limit_denominator(10_000), options={"crf": "10", "preset": "veryfast"}
-            )
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            context = stream.codec_context
-            context.thread_count = 1  # the bytes then depend on the frames alone
-            context.colorspace, context.color_range = _SMPTE170M, _LIMITED
-            for rgb in frames:
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
-                picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU601, interpolation=_EXACT, threads=1)
-                container.mux(stream.encode(picture))
-            container.mux(stream.encode(None))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with (
+        whole(path, sync=False) as unfinished,
+        av.open(str(unfinished), "w", format="mp4", options={"movflags": "+faststart"}) as container,
+    ):
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(10_000), options={"crf": "10", "preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        context = stream.codec_context
+        context.thread_count = 1  # the bytes then depend on the frames alone
+        context.colorspace, context.color_range = _SMPTE170M, _LIMITED
+        for rgb in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+            picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU601, interpolation=_EXACT, threads=1)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))

@@ -15,6 +15,7 @@ from torch import Tensor
 from cosmos_mp.data.batch import Batch
 from cosmos_mp.diffusion.samplers import Answer
 from cosmos_mp.distill.conditioning import condition_of_clips
+from cosmos_mp.files import whole
 from cosmos_mp.parallel import noise
 
 
@@ -45,8 +46,6 @@ def cached(path: Path, key: dict, make: Callable[[], Tensor]) -> Tensor:
         except SafetensorError as error:
             print(f"{path} is damaged ({error}) and made anew")
     value = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({"latent": value.contiguous()}, partial, metadata={"key": digest})
-    partial.replace(path)
+    with whole(path) as partial:
+        save_file({"latent": value.contiguous()}, partial, metadata={"key": digest})
     return value

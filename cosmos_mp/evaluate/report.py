@@ -34,6 +34,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from cosmos_mp.files import write_text
+from cosmos_mp.training import logs
+
 RELATIONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 BETTER = {"lower": "↓", "higher": "↑", "one": "→\N{NO-BREAK SPACE}1", None: ""}
 _PLAYABLE = ("h264", "vp8", "vp9", "av1")
@@ -51,7 +54,8 @@ def check(name: str, value: float, relation: str, bound: float) -> dict[str, Any
 
 def save_results(path: str | Path, results: Mapping[str, Any]) -> Path:
     """Write results.json at once or not at all. Raises ValueError, naming the entry, for NaN, infinity or a breach of the schema."""
-    return _write(Path(path), json.dumps(_checked(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(_checked(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return Path(path)
 
 
 def _checked(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,20 +100,6 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, os.PathLike):
         return str(value)
     raise ValueError(f"{where} is a {type(value).__name__}; results hold numbers, text, lists and dictionaries")
-
-
-def _write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path
 
 
 # --- Tables -----------------------------------------------------------------------------------------------------------------------------
@@ -185,32 +175,11 @@ def _best(values: Sequence[float | None], better: str | None) -> set[int]:
 # --- Curves -----------------------------------------------------------------------------------------------------------------------------
 
 
-def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a run's log.jsonl by iteration; of iterations written twice, as after a resume, the last counts.
-
-    A last line cut short is left out. Raises FileNotFoundError, or ValueError for any other line that is not a record.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"log {path} does not exist; give the log.jsonl of the run's folder")
-    records = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    for i, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            records[int(record["iteration"])] = record
-        except (ValueError, KeyError, TypeError) as error:
-            if i == len(lines) and not line.endswith("\n"):
-                break
-            raise ValueError(f"log {path}, line {i} is not a record with an iteration ({error}); repair or remove that line") from error
-    return [records[iteration] for iteration in sorted(records)]
-
-
 def _charts(path: Path) -> list[dict[str, Any]]:
     """A chart per loss term and metric, then the gradient norms, learning rates and speed, of all that the log holds."""
     groups: dict[str, dict[str, list[tuple[float, float]]]] = {"terms": {}, "metrics": {}, "grad_norms": {}, "lrs": {}}
     speed: list[tuple[float, float]] = []
-    for record in read_log(path):
+    for _, record in logs.lines(path):
         for group, series in groups.items():
             for name, value in (record.get(group) or {}).items():
                 series.setdefault(name, []).append((record["iteration"], value))
@@ -290,7 +259,9 @@ def write_report(out: Path, results: Mapping[str, Any], curves: Mapping[str, Pat
         clip=_clip(Path(clip)),
         number=number,
     )
-    return _write(Path(out) / "report.html", text)
+    page = Path(out) / "report.html"
+    write_text(page, text)
+    return page
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

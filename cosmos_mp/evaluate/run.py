@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosmos_mp.config import ClipConfig, ConfigError, EvaluateRun, save
+from cosmos_mp.config import ClipConfig, ConfigError, EvaluateRun
 from cosmos_mp.data.batch import Batch
 from cosmos_mp.data.clips import load_index
 from cosmos_mp.data.dataset import LatentDataset
@@ -33,6 +33,7 @@ from cosmos_mp.evaluate.generate import answer_all, cached, evaluation_noise
 from cosmos_mp.evaluate.report import format_table, save_results, write_report
 from cosmos_mp.evaluate.statistics import bootstrap, ratio_of_means
 from cosmos_mp.models.weights import fingerprint, named_weights
+from cosmos_mp.options import save
 from cosmos_mp.parallel.topology import Topology, single_process
 from cosmos_mp.roles import load_transfer_net, unconditional_text
 from cosmos_mp.text import build_text_encoder

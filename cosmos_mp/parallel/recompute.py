@@ -7,11 +7,9 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cosmos_mp.models.block import Block
 
-
-def recompute_blocks(network: nn.Module) -> None:
-    """Keep only the inputs of each transformer block in the forward pass and run it again in the backward pass."""
-    for block in network.modules():
-        if isinstance(block, Block):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+def recompute(network: nn.Module, unit: type[nn.Module]) -> None:
+    """Keep only the inputs of each `unit` in the network, a transformer block, and run it again in the backward pass."""
+    for module in network.modules():
+        if isinstance(module, unit):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)

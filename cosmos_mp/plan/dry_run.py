@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from cosmos_mp.backends.local import LocalBackend
-from cosmos_mp.config import DMD2Run, EncodeRun, EvaluateRun, KDRun, NetConfig, PairsRun, SampleRun, TeacherRun, to_dict
+from cosmos_mp.config import DMD2Run, EncodeRun, EvaluateRun, KDRun, NetConfig, PairsRun, SampleRun, TeacherRun
 from cosmos_mp.diffusion.samplers import guidance_words
 from cosmos_mp.models.discriminator import Discriminator
 from cosmos_mp.models.embeddings import PATCH
 from cosmos_mp.models.transfer import TransferNet
+from cosmos_mp.options import to_dict
 from cosmos_mp.parallel.topology import single_process
 
 
@@ -28,8 +29,10 @@ def role_parameters(config: TeacherRun | PairsRun | KDRun | DMD2Run | EvaluateRu
         return {"teacher": transfer}
     if isinstance(config, EvaluateRun):
         return {"teacher": transfer} | {entry.partition("=")[0]: transfer for entry in config.students}
-    if isinstance(config, KDRun | SampleRun):
+    if isinstance(config, SampleRun):
         return {"student": transfer}
+    if isinstance(config, KDRun):  # the frozen teacher is there for the pictures
+        return {"student": transfer} | ({"teacher": transfer} if config.train.picture_every else {})
     roles = {"student": transfer, "teacher": transfer}
     if not config.dmd2.ladd:
         roles["fake_score"] = transfer
@@ -49,6 +52,10 @@ def dry_run(config: Any) -> None:
     """Print what the stage would run with."""
     print(json.dumps(to_dict(config), indent=1))
     if isinstance(config, EncodeRun):
+        clip = config.clip
+        span = (clip.frames - 1) * clip.stride + 1
+        print(f"clip ({clip.frames}, {clip.height}, {clip.width}, 3) from {span} frames of a video, {clip.control} control")
+        print(f"text ({config.text.tokens}, {config.text.dim})")
         return
     network = transfer_on_meta(config.net)
     base, control = parameters(network.base), parameters(network.control)

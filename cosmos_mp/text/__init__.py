@@ -38,7 +38,7 @@ def build_text_encoder(config: TextConfig, device: torch.device | str = "cpu") -
     if config.kind == "t5":
         from cosmos_mp.text.t5 import T5Text
 
-        return T5Text(Path(config.path), config.tokens, config.dim).to(device)
+        return T5Text(Path(config.path), config.tokens, config.dim, getattr(torch, config.dtype)).to(device)
     if config.kind == "cached":
         from cosmos_mp.text.cached import CachedText
 

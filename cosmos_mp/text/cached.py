@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cosmos_mp.files import whole, write_text
 from cosmos_mp.text import TextEncoder, check_captions, pad
 
 INDEX = "index.json"
@@ -47,7 +47,7 @@ class CachedText:
         """float32 (B, tokens, dim).
 
         Raises:
-            KeyError: a caption is not in the cache.
+            CaptionError: a caption is not in the cache.
             ValueError: a file is damaged, or an entry is longer than `tokens`.
         """
         check_captions(captions)
@@ -83,11 +83,8 @@ class CachedText:
             ) from error
 
 
-class CaptionError(KeyError):
+class CaptionError(ValueError):
     """A caption that the cache does not hold; the message names caption, folder and command."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])  # KeyError would show the quoted repr
 
 
 def caption_key(caption: str) -> str:
@@ -168,17 +165,10 @@ def _append(folder: Path, index: dict[str, Any], rows: Mapping[str, Tensor], dty
             raise ValueError(f"the embedding of {caption!r} does not fit {dtype}; give write_cache dtype=torch.float32")
     folder.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256("".join(tensors).encode()).hexdigest()[:16] + ".safetensors"
-    _write(folder / name, lambda path: save_file(tensors, path))
+    with whole(folder / name) as partial:
+        save_file(tensors, partial)
     index["entries"].update({key: {"file": name, "key": key} for key in tensors})
-    _write(folder / INDEX, lambda path: path.write_text(json.dumps(index, indent=0, sort_keys=True) + "\n"))
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_text(folder / INDEX, json.dumps(index, indent=0, sort_keys=True) + "\n")
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ scaling would leave the finer channels below the diffusion noise. The decoder is
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cosmos_mp.files import whole
 from cosmos_mp.tokenizers import LATENT_CHANNELS, SIGMA_DATA, check_latent, check_video, frames_error, spatial_shape
 
 FILE = "tokenizer.safetensors"
@@ -83,12 +83,8 @@ class TinyTokenizer(nn.Module):
     def save(self, folder: Path) -> Path:
         """Write `folder/tokenizer.safetensors`, visible at once and whole."""
         path = Path(folder) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({name: getattr(self, name.replace(".", "_")).contiguous() for name in SHAPES}, partial, metadata={"format": FORMAT})
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with whole(path) as partial:
+            save_file({name: getattr(self, name.replace(".", "_")).contiguous() for name in SHAPES}, partial, metadata={"format": FORMAT})
         return path
 
     @classmethod

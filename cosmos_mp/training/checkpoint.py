@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from cosmos_mp.data.shards import file_sha256
+from cosmos_mp.files import file_sha256, sync_folder, write_json
 
 MARKER = "COMPLETE.json"
 CONFIG = "config.json"
@@ -58,7 +58,7 @@ class CheckpointWriteError(OSError):
 
 
 def open_run(run_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Make the run folder and write its config.json; `settings` is what `config.to_dict` gives.
+    """Make the run folder and write its config.json; `settings` is what `options.to_dict` gives.
 
     Raises:
         CheckpointError: the folder holds a run with other settings, or its config.json cannot be read.
@@ -73,10 +73,7 @@ def open_run(run_dir: Path, settings: Mapping[str, Any]) -> None:
             check_same_run(old, dict(settings))
         except CheckpointError as error:
             raise CheckpointError(f"{run_dir}: {error}") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(_json(settings))
-    partial.replace(path)
+    write_json(path, dict(settings))
 
 
 def check_same_run(old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -128,7 +125,7 @@ def save(run_dir: Path, iteration: int, tensors: Mapping[str, Tensor], settings:
             dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(partial), no_dist=not dist.is_initialized())
         _write(partial / CONFIG, _json(settings))
         _write(partial / MARKER, _json({"iteration": iteration, "files": _listing(partial)}))
-        _sync(partial)
+        sync_folder(partial)
         _publish(partial, target)
     except (OSError, CheckpointException) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -148,19 +145,11 @@ def _listing(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())}
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _publish(partial: Path, target: Path) -> None:
     if target.exists():  # a damaged one, or the run would have gone on from it
         target.rename(target.with_name(f"{target.name}.replaced.partial"))
     partial.rename(target)
-    _sync(target.parent)
+    sync_folder(target.parent)
 
 
 def _complaint(target: Path, error: BaseException) -> str:

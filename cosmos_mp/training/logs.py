@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from cosmos_mp.files import write_text
 
 GROUPS = ("terms", "metrics", "grad_norms", "lrs")
 
@@ -55,12 +56,7 @@ def drop_from(path: Path, iteration: int) -> None:
     if not path.exists():
         return
     kept = [text for text, record in lines(path) if record["iteration"] < iteration]
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_text(path, "".join(kept))
 
 
 def read_log(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

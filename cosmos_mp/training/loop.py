@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cosmos_mp.training.callbacks import Callback
 
 
-class NonFiniteError(ArithmeticError):
+class NonFiniteError(ValueError):
     """Too many steps in a row had a loss term or gradient that is not finite; the message names it, its role and the iteration."""
 
 
@@ -147,7 +147,7 @@ def fit(
     Args:
         optim: an entry for every role that `method` ever trains, and no other.
         run_dir: takes config.json, checkpoints and what the callbacks write.
-        settings: the resolved configuration (`config.to_dict`); a resumed run must have the same.
+        settings: the resolved configuration (`options.to_dict`); a resumed run must have the same.
         ema_role: the role whose average is kept where `ema.decay` > 0.
         device: where micro-batches go.
 

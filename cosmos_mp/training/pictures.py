@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from cosmos_mp.files import whole
+
 SMALLEST = 256
 """Smaller frames are enlarged by a whole factor until their longer side has this many pixels."""
 MARGIN = 6
@@ -66,8 +68,5 @@ def stack(grids: Sequence[np.ndarray]) -> np.ndarray:
 
 def write_png(path: Path, image: np.ndarray) -> None:
     """Write an image (height, width, 3) uint8, visible at once and whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    Image.fromarray(image).save(partial, format="PNG")
-    partial.replace(path)
+    with whole(path) as partial:
+        Image.fromarray(image).save(partial, format="PNG")

@@ -16,21 +16,28 @@ from cosmos_mp.tokenizers import build_tokenizer
 from cosmos_mp.tokenizers.frames import video_to_frames
 
 
-def renderer(
-    answers: dict[str, Answer], holdout: LatentDataset, tokenizer: TokenizerConfig, count: int, device: torch.device
-) -> Callable[[int], list[dict[str, np.ndarray]]]:
-    """A function that draws `count` clips: one row per entry of `answers`, then control and ground truth."""
-    if count > len(holdout):
-        raise ConfigError(f"train.picture_samples={count} exceeds the {len(holdout)} held-out clips")
-    decoder = build_tokenizer(tokenizer, device)
-    batch = holdout.fixed(list(range(count))).to(device)
-    epsilon = noise.normal(batch.latent_BCTHW.shape[1:], 0, "picture", 0, batch.position_B).to(device)
-    condition = condition_of_clips(batch)
+class HeldOut:
+    """`count` held-out clips with their noises and the decoder, ready to be answered and drawn.
 
-    def render(iteration: int) -> list[dict[str, np.ndarray]]:
-        latents = {name: answer(epsilon, condition) for name, answer in answers.items()}
-        latents |= {"control": batch.control_BCTHW, "ground truth": batch.latent_BCTHW}
-        videos = {name: video_to_frames(decoder.decode(latent)) for name, latent in latents.items()}
-        return [{name: video[index] for name, video in videos.items()} for index in range(count)]
+    Raises:
+        ConfigError: fewer clips than `count`.
+    """
 
-    return render
+    def __init__(self, clips: LatentDataset, tokenizer: TokenizerConfig, count: int, device: torch.device):
+        if count > len(clips):
+            raise ConfigError(f"train.picture_samples={count} exceeds the {len(clips)} held-out clips")
+        self.count, self.decoder = count, build_tokenizer(tokenizer, device)
+        self.batch = clips.fixed(list(range(count))).to(device)
+        self.epsilon = noise.normal(self.batch.latent_BCTHW.shape[1:], 0, "picture", 0, self.batch.position_B).to(device)
+
+    def renderer(self, answers: dict[str, Answer]) -> Callable[[int], list[dict[str, np.ndarray]]]:
+        """A function that draws the clips: one row per entry of `answers`, then control and ground truth."""
+        condition = condition_of_clips(self.batch)
+
+        def render(iteration: int) -> list[dict[str, np.ndarray]]:
+            latents = {name: answer(self.epsilon, condition) for name, answer in answers.items()}
+            latents |= {"control": self.batch.control_BCTHW, "ground truth": self.batch.latent_BCTHW}
+            videos = {name: video_to_frames(self.decoder.decode(latent)) for name, latent in latents.items()}
+            return [{name: video[index] for name, video in videos.items()} for index in range(self.count)]
+
+        return render

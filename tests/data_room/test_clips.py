@@ -301,7 +301,7 @@ def test_counting_packets_agrees_with_decoding(tmp_path):
 def test_loading_is_strict(tmp_path):
     path = tmp_path / "clips.jsonl"
     good = asdict(_record())
-    with pytest.raises(FileNotFoundError, match="index_clips"):
+    with pytest.raises(FileNotFoundError, match="make it with `python -m cosmos_mp index"):
         load_index(path)
     path.write_text(json.dumps(good | {"fps": 24}) + "\n")
     assert load_index(path)[0].fps == 24

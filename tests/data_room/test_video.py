@@ -85,7 +85,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.mp4"
     write_video(path, _flat(), 24)
     before = path.read_bytes()
-    monkeypatch.setattr("cosmos_mp.data.video.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_video(path, _flat()[:2], 24)
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["a.mp4"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cosmos_mp.evaluate import report
-from cosmos_mp.evaluate.report import check, format_table, markdown_table, number, read_log, save_results, write_report
+from cosmos_mp.evaluate.report import check, format_table, markdown_table, number, save_results, write_report
 from cosmos_mp.evaluate.statistics import Interval
 
 HOSTILE = "<script>alert(1)</script>"
@@ -231,34 +231,6 @@ def test_numbers_are_short(value, text):
     assert number(value) == text
 
 
-# --- logs -------------------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_last_line_cut_short_is_left_out(tmp_path):
-    log = tmp_path / "log.jsonl"
-    log.write_text('{"iteration": 0}\n{"iteration": 1}\n{"iteration": 2, "ter')
-    assert [record["iteration"] for record in read_log(log)] == [0, 1]
-
-
-@pytest.mark.parametrize("text", ['{"iteration": 0\n{"iteration": 1}\n', '{"iteration": 0}\n{"iter\n', '{"terms": {}}\n', "3\n"])
-def test_other_broken_lines_are_errors(tmp_path, text):
-    log = tmp_path / "log.jsonl"
-    log.write_text(text)
-    with pytest.raises(ValueError, match=r"log\.jsonl, line [12] "):
-        read_log(log)
-
-
-def test_iterations_written_again_after_a_resume_count_once(tmp_path):
-    log = tmp_path / "log.jsonl"
-    log.write_text("".join(json.dumps({"iteration": i, "total": t}) + "\n" for i, t in [(0, 1), (2, 2), (4, 3), (1, 10), (2, 20)]))
-    assert [record["total"] for record in read_log(log)] == [1, 10, 20, 3]
-
-
-def test_a_missing_log_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
-        read_log(tmp_path / "none.jsonl")
-
-
 # --- page -------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -312,7 +284,7 @@ def test_charts_skip_what_a_log_lacks(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text('{"iteration": 0, "terms": {"mse": 1.0}, "lrs": null}\n{"iteration": 1, "terms": {"mse": NaN, "gan": NaN}, "lrs": {}}\n')
     assert [chart["title"] for chart in report._charts(log)] == ["mse"]
-    log.write_text(json.dumps({"iteration": 0, "metrics": {"accuracy": 0.5}, "lrs": {"student": 1e-4}, "samples_per_second": 9.0}))
+    log.write_text(json.dumps({"iteration": 0, "metrics": {"accuracy": 0.5}, "lrs": {"student": 1e-4}, "samples_per_second": 9.0}) + "\n")
     assert [chart["title"] for chart in report._charts(log)] == ["accuracy", "learning rate", "samples per second"]
 
 

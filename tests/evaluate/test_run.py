@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cosmos_mp import commands, config
+from cosmos_mp import commands, options
 from cosmos_mp.config import ConfigError
 from cosmos_mp.data.dataset import LatentDataset
 from cosmos_mp.data.video import probe
@@ -93,7 +93,7 @@ def test_the_run_is_described(results, evaluated, tiny_chain):
     assert results["run"]["variants"] == ["teacher", "teacher 1-step", "KD", "DMD2"]
     assert (results["run"]["clips"], results["run"]["seed"]) == (4, 0)
     assert 0.5 < results["run"]["edge F1 of the real clips through the tokenizer"] <= 1
-    assert config.load(evaluated / "config.json").samples == 4
+    assert options.load(evaluated / "config.json").samples == 4
 
 
 def test_report_picture_and_clip_are_there(evaluated):

@@ -44,7 +44,7 @@ def test_the_clip_of_a_large_folder_is_its_first(tmp_path):
     records = [{"id": f"{i:06d}", "video": f"videos/{i:06d}.webm", "caption": "x" * 60} for i in range(5000)]
     (tmp_path / "clips.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     first = next(line for line in (ROOT / "examples" / "quickstart.sh").read_text().splitlines() if line.startswith("first()"))
-    script = f'set -euo pipefail\nvideos={tmp_path} PATH="{Path(sys.executable).parent}:$PATH"\n{first}\necho "$(first video) $(first id)"'
+    script = f'set -euo pipefail\nindex={tmp_path} PATH="{Path(sys.executable).parent}:$PATH"\n{first}\necho "$(first video) $(first id)"'
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "videos/000000.webm 000000\n")
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from cosmos_mp.models.block import Block
-from cosmos_mp.parallel.recompute import recompute_blocks
+from cosmos_mp.parallel.recompute import recompute
 
 
 @pytest.fixture
 def step(make_network, make_input):
     """Loss and gradients of one call; with the forward calls of each block's MLP, and the bytes kept for the backward pass."""
 
-    def run(recompute: bool, **options):
+    def run(again: bool, **options):
         network, calls, kept = make_network(), Counter(), 0
-        if recompute:
-            recompute_blocks(network)
+        if again:
+            recompute(network, Block)
         for name, module in network.named_modules():
             if isinstance(module, Block):
                 module.mlp.register_forward_hook(lambda *_, name=name: calls.update([name]))
@@ -62,7 +62,7 @@ def test_every_block_runs_again_in_the_backward_pass(step):
 
 def test_nothing_runs_twice_without_gradients(make_network, make_input):
     network, calls = make_network(), Counter()
-    recompute_blocks(network)
+    recompute(network, Block)
     for module in network.modules():
         if isinstance(module, Block):
             module.mlp.register_forward_hook(lambda *_: calls.update(["block"]))
@@ -74,5 +74,5 @@ def test_nothing_runs_twice_without_gradients(make_network, make_input):
 def test_names_of_the_weights_stay(make_network):
     network = make_network()
     before = list(network.state_dict())
-    recompute_blocks(network)
+    recompute(network, Block)
     assert list(network.state_dict()) == before

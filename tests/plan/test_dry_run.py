@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from cosmos_mp import presets
-from cosmos_mp.config import DMD2Run, TeacherRun, parse
+from cosmos_mp.config import DMD2Run, EncodeRun, KDRun, TeacherRun
 from cosmos_mp.models.weights import named_weights
+from cosmos_mp.options import parse
 from cosmos_mp.plan.dry_run import dry_run, role_parameters, transfer_on_meta
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +46,9 @@ def test_a_7b_stage_prints_exact_counts_and_shapes(printed, stage):
     lines = printed[stage].splitlines()
     assert "base 7,236,208,640 + control 893,497,120 = 8,129,705,760 parameters" in lines
     assert "latent (16, 16, 88, 160), 56,320 tokens of width 4096" in lines
-    roles = {"teacher": ["teacher"], "pairs": ["teacher"], "kd": ["student"], "dmd2": ["student", "teacher", "fake_score"]}[stage]
+    roles = {"teacher": ["teacher"], "pairs": ["teacher"], "kd": ["student", "teacher"], "dmd2": ["student", "teacher", "fake_score"]}[
+        stage
+    ]
     for role in roles:
         assert f"{role}: 8,129,705,760 parameters" in lines
     others = {"student", "teacher", "fake_score", "discriminator"} - set(roles) - ({"discriminator"} if stage == "dmd2" else set())
@@ -84,6 +87,7 @@ def test_roles_follow_the_options():
     assert roles("--head.feature_blocks", "1", "2")["discriminator"] == 2 * full["discriminator"]
     evaluated = role_parameters(presets.get("tiny_evaluate"))
     assert evaluated == {"teacher": student, "KD": student, "DMD2": student}
+    assert role_parameters(parse(KDRun, ["tiny_kd", "--train.picture_every", "0"])) == {"student": student}
     assert role_parameters(presets.get("tiny_sample")) == {"student": student}
 
 
@@ -96,9 +100,12 @@ def test_overrides_are_in_the_printed_configuration(capsys):
     assert '"seed": 17' in capsys.readouterr().out
 
 
-def test_encoding_prints_its_configuration_alone(capsys):
-    dry_run(presets.get("transfer1_7b_vis_encode"))
-    assert json.loads(capsys.readouterr().out)["clip"]["control"] == "vis"
+def test_encoding_prints_its_configuration_and_shapes(capsys):
+    dry_run(parse(EncodeRun, ["transfer1_7b_vis_encode", "--clip.stride", "2"]))
+    printed = capsys.readouterr().out
+    values, _, rest = printed.partition("\n}\n")
+    assert json.loads(values + "}")["clip"]["control"] == "vis"
+    assert rest.splitlines() == ["clip (121, 704, 1280, 3) from 241 frames of a video, vis control", "text (512, 1024)"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cosmos_mp import config, presets
+from cosmos_mp import config, options, presets, roles
 from cosmos_mp.data.shards import StoreError
 from cosmos_mp.training.checkpoint import latest, load_weights_of
 from cosmos_mp.training.logs import lines, read_log
@@ -42,7 +42,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("stage", ["teacher", "kd", "dmd2"])
 def test_a_run_folder_has_its_configuration_and_last_checkpoint(tiny_chain, stage):
     run = tiny_chain.root / stage
-    stored = config.load(run / "config.json")
+    stored = options.load(run / "config.json")
     assert isinstance(stored, config.STAGES[stage])
     assert stored.net.hidden == 48 and stored.out == str(run)
     assert json.loads((latest(run) / "config.json").read_text()) == json.loads((run / "config.json").read_text())
@@ -100,6 +100,24 @@ def test_kd_starts_as_the_teachers_average(tiny_chain):
     average, plain = (weights(tiny_chain.root / "teacher", "teacher", ema=ema) for ema in (True, False))
     assert same(weights(run, "student"), average)
     assert not same(average, plain)
+
+
+def test_pairs_of_another_teacher_are_noticed(tiny_chain, capsys):
+    note = "are another teacher's than"
+    tiny_chain.run("kd", "kd_own", *FROZEN, "--train.global_batch_size", 2)
+    assert note not in capsys.readouterr().out
+    other = tiny_chain.run("teacher", "other_teacher", "--train.iterations", 1)
+    tiny_chain.run("kd", "kd_other", *FROZEN, "--train.global_batch_size", 2, "--teacher", other)
+    assert note in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["teacher", "kd", "dmd2"])
+@pytest.mark.parametrize("wrong", ["holdout", "tokenizer.path"])
+def test_a_wrong_path_is_named_before_any_network_is_built(tiny_chain, tmp_path, monkeypatch, stage, wrong):
+    monkeypatch.setattr(roles, "transfer_net", lambda *_: pytest.fail("a network was built"))
+    with pytest.raises(FileNotFoundError, match="gone"):
+        tiny_chain.run(stage, "wrong", "--train.picture_every", 1, f"--{wrong}", tmp_path / "gone")
+    assert not (tiny_chain.root / "wrong").exists()
 
 
 @pytest.mark.parametrize("init", ["teacher", "student"])

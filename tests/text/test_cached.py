@@ -101,7 +101,7 @@ def test_half_written_index_is_never_seen(tmp_path: Path, monkeypatch: pytest.Mo
     write_cache(tmp_path, Recorder(), CAPTIONS[:2])
     write_text = Path.write_text
 
-    def killed(path: Path, text: str) -> None:
+    def killed(path: Path, text: str, **_: str) -> None:
         write_text(path, text[: len(text) // 2])
         raise KeyboardInterrupt
 

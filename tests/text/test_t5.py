@@ -65,7 +65,7 @@ def test_empty_caption_is_t5s_own_answer_and_null_is_zeros(encoder: T5Text) -> N
 
 
 def test_bfloat16_gives_float32_nearby(encoder: T5Text, folder: Path) -> None:
-    half = T5Text(folder, TOKENS, DIM, torch.bfloat16)
+    half = build_text_encoder(TextConfig("t5", str(folder), TOKENS, DIM, "bfloat16"))
     assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
     text = half.encode(["a red fox"])
     assert text.dtype == torch.float32 and not torch.equal(text, encoder.encode(["a red fox"]))

@@ -11,7 +11,7 @@ from cosmos_mp.data.dataset import LatentDataset
 from cosmos_mp.parallel import noise
 from cosmos_mp.tokenizers import build_tokenizer
 from cosmos_mp.tokenizers.frames import video_to_frames
-from cosmos_mp.training.samples import renderer
+from cosmos_mp.training.samples import HeldOut
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_rows_are_the_answers_then_control_and_ground_truth(holdout, tokenizer):
         return epsilon
 
     answers = {"student 1-step": answer, "teacher 1-step": lambda epsilon, condition: 0.5 * epsilon}
-    render = renderer(answers, holdout, tokenizer, 2, torch.device("cpu"))
+    render = HeldOut(holdout, tokenizer, 2, torch.device("cpu")).renderer(answers)
     samples = render(7)
     assert [list(rows) for rows in samples] == [["student 1-step", "teacher 1-step", "control", "ground truth"]] * 2
     decoder, batch = build_tokenizer(tokenizer), holdout.fixed([0, 1])
@@ -52,7 +52,7 @@ def test_rows_are_the_answers_then_control_and_ground_truth(holdout, tokenizer):
 
 
 def test_every_picture_shows_the_same_clips_and_noise(holdout, tokenizer):
-    render = renderer({"student": lambda epsilon, condition: epsilon}, holdout, tokenizer, 3, torch.device("cpu"))
+    render = HeldOut(holdout, tokenizer, 3, torch.device("cpu")).renderer({"student": lambda epsilon, condition: epsilon})
     first, later = render(1), render(500)
     assert len(first) == 3
     assert all(np.array_equal(a[name], b[name]) for a, b in zip(first, later, strict=True) for name in a)
@@ -61,4 +61,4 @@ def test_every_picture_shows_the_same_clips_and_noise(holdout, tokenizer):
 
 def test_more_pictures_than_held_out_clips_are_refused(holdout, tokenizer):
     with pytest.raises(ConfigError, match="train.picture_samples=13 exceeds the 12 held-out clips"):
-        renderer({}, holdout, tokenizer, 13, torch.device("cpu"))
+        HeldOut(holdout, tokenizer, 13, torch.device("cpu"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -12,17 +13,19 @@ import pytest
 import torch
 from PIL import Image
 
-from cosmos_mp import config
+from cosmos_mp.config import ConfigError
+from cosmos_mp.data.dataset import LatentDataset
 from cosmos_mp.data.shards import StoreError
 from cosmos_mp.diffusion.edm import Denoiser
 from cosmos_mp.diffusion.samplers import one_step
 from cosmos_mp.distill.teacher import TeacherPretraining
+from cosmos_mp.options import load
 from cosmos_mp.parallel.topology import single_process
 from cosmos_mp.roles import new_transfer_net
 from cosmos_mp.training.checkpoint import latest, load_weights_of
 from cosmos_mp.training.logs import lines
 from cosmos_mp.training.pictures import picture_grid
-from cosmos_mp.training.stage import INTERRUPTED, open_store, train
+from cosmos_mp.training.stage import INTERRUPTED, open_held_out, open_store, train
 
 
 @pytest.fixture
@@ -32,12 +35,13 @@ def run(tiny_world, tmp_path):
     def run(out: str, *options, answers=None) -> int:
         settings = tiny_world.config("teacher", str(tmp_path / out), *options)
         topology = single_process()
+        held_out = open_held_out(settings, topology)
         network = new_transfer_net(settings.net, topology, settings.train.seed)
         method = TeacherPretraining(network, settings.diffusion, settings.loss, settings.train.seed)
         denoiser = Denoiser(network, settings.diffusion)
         rows = answers or {"teacher 1-step": lambda epsilon, condition: one_step(denoiser, epsilon, condition).x0}
         data = open_store(settings.clips, "clips", settings)
-        return train(settings, topology, method, data, {"teacher": settings.optim_teacher}, rows, ema_role="teacher")
+        return train(settings, topology, method, data, held_out, {"teacher": settings.optim_teacher}, rows, ema_role="teacher")
 
     return run
 
@@ -82,7 +86,7 @@ def test_a_run_leaves_config_log_scalars_pictures_and_checkpoint(run, tmp_path, 
     options = ["--train.iterations", 4, "--train.picture_every", 3, "--train.tensorboard", "--train.log_every", 2]
     assert run("a", *options) == 0
     folder = tmp_path / "a"
-    assert config.load(folder / "config.json") == tiny_world.config("teacher", str(folder), *options)
+    assert load(folder / "config.json") == tiny_world.config("teacher", str(folder), *options)
     records = [record for _, record in lines(folder / "log.jsonl")]
     assert [record["iteration"] for record in records] == [0, 1, 2, 3]
     assert sorted(path.name for path in (folder / "pictures").iterdir()) == ["iter_00000003.png", "iter_00000004.png"]
@@ -113,7 +117,7 @@ def test_a_picture_has_a_grid_per_clip_with_the_rows_asked_for(run, tmp_path):
 def test_pictures_that_cannot_be_drawn_stop_the_run_before_it_begins(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="header.json does not exist"):
         run("a", "--train.picture_every", 1, "--holdout", tmp_path / "absent")
-    with pytest.raises(config.ConfigError, match="picture_samples=99"):
+    with pytest.raises(ConfigError, match="picture_samples=99"):
         run("a", "--train.picture_every", 1, "--train.picture_samples", 99)
     assert not (tmp_path / "a").exists()
 
@@ -155,8 +159,19 @@ def test_another_run_in_the_folder_is_refused(run, tmp_path):
         run("a", "--train.iterations", 1, "--train.seed", 1)
 
 
+def test_other_samples_at_the_same_path_are_noticed(run, tiny_world, tmp_path):
+    clips = tmp_path / "clips"
+    shutil.copytree(tiny_world.root / "clips" / "train", clips)
+    assert run("a", "--train.iterations", 1, "--clips", clips) == 0
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["data_sha256"] == LatentDataset(clips, 0, expect={}).reader.sha256
+    shutil.rmtree(clips)
+    shutil.copytree(tiny_world.root / "clips" / "holdout", clips)
+    with pytest.raises(ValueError, match='another run is here .data_sha256: "[0-9a-f]{64}" -> "[0-9a-f]{64}"'):
+        run("a", "--train.iterations", 2, "--clips", clips)
+
+
 def test_two_processes_do_not_train_into_one_folder(run, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(config.ConfigError, match="2 processes were started"):
+    with pytest.raises(ConfigError, match="2 processes were started"):
         run("two")
