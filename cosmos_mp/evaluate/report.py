@@ -176,29 +176,27 @@ def _best(values: Sequence[float | None], better: str | None) -> set[int]:
 
 
 def _charts(path: Path) -> list[dict[str, Any]]:
-    """A chart per loss term and metric, then the gradient norms, learning rates and speed, of all that the log holds."""
-    groups: dict[str, dict[str, list[tuple[float, float]]]] = {"terms": {}, "metrics": {}, "grad_norms": {}, "lrs": {}}
-    speed: list[tuple[float, float]] = []
-    for _, record in logs.lines(path):
-        for group, series in groups.items():
-            for name, value in (record.get(group) or {}).items():
-                series.setdefault(name, []).append((record["iteration"], value))
-        if record.get("samples_per_second") is not None:
-            speed.append((record["iteration"], record["samples_per_second"]))
-    charts = [(name, {name: points}) for group in ("terms", "metrics") for name, points in groups[group].items()]
+    """A chart per loss term, weighted sum and metric, then the gradient norms, learning rates and speed, of all that the log holds."""
+    log = logs.read_log(path)
+
+    def named(group: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        return {name.removeprefix(group): log[name] for name in log if name.startswith(group)}
+
+    charts = [(name, {name: points}) for group in ("terms/", "metrics/") for name, points in named(group).items()]
+    charts += [(f"total, {roles}", {roles: points}) for roles, points in named("total/").items()]
     charts += [
-        ("gradient norm", groups["grad_norms"]),
-        ("learning rate", groups["lrs"]),
-        ("samples per second", {"samples per second": speed}),
+        ("gradient norm", named("grad_norms/")),
+        ("learning rate", named("lrs/")),
+        ("samples per second", named("samples_per_second")),
     ]
-    drawn = ((title, {name: _binned(points) for name, points in series.items()}) for title, series in charts)
+    drawn = ((title, {name: _binned(*points) for name, points in series.items()}) for title, series in charts)
     drawn = ((title, {name: bins for name, bins in series.items() if len(bins)}) for title, series in drawn)
     return [{"title": title, "names": list(series), "svg": _svg(title, list(series.values()))} for title, series in drawn if series]
 
 
-def _binned(points: Sequence[tuple[float, float]]) -> np.ndarray:
+def _binned(iterations: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Iteration, mean, least and greatest value of at most _BINS equal runs of the finite points, (bins, 4)."""
-    xy = np.array([(x, y) for x, y in points if y is not None and math.isfinite(y)], dtype=np.float64).reshape(-1, 2)
+    xy = np.stack([iterations, values], axis=1)[np.isfinite(values)].astype(np.float64)
     size = -(-len(xy) // _BINS)
     bins = [xy[i : i + size] for i in range(0, len(xy), size or 1)]
     return np.array([(*b.mean(axis=0), b[:, 1].min(), b[:, 1].max()) for b in bins]).reshape(-1, 4)

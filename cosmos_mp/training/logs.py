@@ -82,7 +82,8 @@ def read_log(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def _quantities(record: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
     for group in GROUPS:
-        for name, value in record[group].items():
+        for name, value in (record.get(group) or {}).items():
             yield (f"total/{'+'.join(record['roles'])}" if (group, name) == ("terms", "total") else f"{group}/{name}"), value
-    yield "seconds", record["seconds"]
-    yield "samples_per_second", record["samples_per_second"]
+    for name in ("seconds", "samples_per_second"):
+        if name in record:
+            yield name, record[name]

@@ -273,11 +273,18 @@ def test_the_page_draws_every_series_of_the_log(results, files):
 
 
 def test_a_chart_shows_the_mean_and_the_range_of_the_finite_values():
-    points = [(i, float(i % 2)) for i in range(600)] + [(600, float("nan")), (601, None)]
-    bins = report._binned(points)
+    iterations, values = np.arange(602), np.array([*(float(i % 2) for i in range(600)), float("nan"), float("inf")])
+    bins = report._binned(iterations, values)
     assert bins.shape == (60, 4)
     np.testing.assert_allclose(bins[0], [4.5, 0.5, 0.0, 1.0])
-    assert len(report._binned(points[:7])) == 7 and len(report._binned([])) == 0
+    assert len(report._binned(iterations[:7], values[:7])) == 7 and len(report._binned(iterations[:0], values[:0])) == 0
+
+
+def test_weighted_sums_of_two_phases_are_two_charts(tmp_path):
+    log = tmp_path / "log.jsonl"
+    phases = [(["student"], {"vsd": 1.0, "total": 1.0}), (["fake_score", "discriminator"], {"fake_score": 2.0, "total": 5.0})]
+    log.write_text("".join(json.dumps({"iteration": i, "roles": r, "terms": t}) + "\n" for i, (r, t) in enumerate(phases)))
+    assert [chart["title"] for chart in report._charts(log)] == ["vsd", "fake_score", "total, student", "total, fake_score+discriminator"]
 
 
 def test_charts_skip_what_a_log_lacks(tmp_path):
