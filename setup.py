@@ -13,7 +13,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11,<3.14",
+    python_requires=">=3.11,<3.13",
     packages=find_packages(include=["cosmos_mp", "cosmos_mp.*"]),
     package_data={"cosmos_mp.convert": ["hf_files/*"], "cosmos_mp.evaluate": ["*.html"]},
     install_requires=[

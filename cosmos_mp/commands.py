@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -88,13 +89,16 @@ def fit_tokenizer(words: list[str]) -> None:
             index: folder of their index; VIDEOS if not given.
         """
         from cosmos_mp.data.clips import fit, load_index, read_window
-        from cosmos_mp.tokenizers.tiny import FILE, fit_tiny
+        from cosmos_mp.tokenizers.tiny import FILE, fit_tiny, fitted_on
 
+        records = load_index((index or videos) / "clips.jsonl")[:clips]
+        origin = hashlib.sha256(repr((frames, height, width, seed, [record.sha256 for record in records])).encode()).hexdigest()
         if (out / FILE).is_file():
+            if fitted_on(out) != origin:
+                raise ConfigError(f"{out} holds a tokenizer of other clips, sizes or seed; remove it or name another folder")
             print(f"{out}: there already, kept")
             return
-        records = load_index((index or videos) / "clips.jsonl")[:clips]
-        fit_tiny([fit(read_window(videos / r.video, 0, frames), height, width)[0] for r in records], seed).save(out)
+        fit_tiny([fit(read_window(videos / r.video, 0, frames), height, width)[0] for r in records], seed).save(out, origin)
         print(f"{out}: fitted on {len(records)} clips")
 
     _call(_fit_tokenizer, words)

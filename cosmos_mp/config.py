@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Control = Literal["edge", "vis", "depth", "keypoint", "seg"]
+EdgePreset = Literal["random", "none", "very_low", "low", "medium", "high", "very_high"]
 Head = Literal["conv3d", "conv2d", "attention", "spatial_temporal"]
 
 
@@ -25,6 +27,11 @@ def _need(section: str, options: object, **rules: tuple[Callable[[Any], bool], s
 POSITIVE = (lambda value: value > 0, "above 0")
 NOT_NEGATIVE = (lambda value: value >= 0, "0 or above")
 SHARE = (lambda value: 0 <= value <= 1, "between 0 and 1")
+ALL_POSITIVE = (lambda values: all(value > 0 for value in values), "numbers above 0")
+FINITE = (math.isfinite, "a finite number")
+
+TEACHER_7B = "checkpoints/nvidia/Cosmos-Transfer1-7B/base_model.pt,checkpoints/nvidia/Cosmos-Transfer1-7B/edge_control.pt"
+"""The teacher as NVIDIA publishes it: the base's file and the control branch's."""
 
 
 # --- Networks and diffusion ---
@@ -61,6 +68,9 @@ class NetConfig:
         return self.hidden // self.heads
 
     def __post_init__(self) -> None:
+        sizes = ("hidden", "heads", "blocks", "control_blocks", "mlp_hidden", "adaln_lora_dim", "text_dim", "latent_channels")
+        _need("net.", self, **dict.fromkeys((*sizes, "control_channels", "rope_theta", "base_fps"), POSITIVE))
+        _need("net.", self, **dict.fromkeys(("control_mlp", "max_latent", "rope_ratio", "control_rope_ratio"), ALL_POSITIVE))
         if self.hidden % self.heads or self.head_dim % 2 or self.head_dim < 12:
             raise ConfigError(f"net.hidden={self.hidden} over net.heads={self.heads} must give an even head size of at least 12")
         if self.control_channels < self.latent_channels:
@@ -107,6 +117,9 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         positive = dict.fromkeys(("sigma_data", "sigma_max", "sigma_min", "video_noise_multiplier", "condition_sigma"), POSITIVE)
         _need("diffusion.", self, condition_frames=NOT_NEGATIVE, **positive)
+        _need("diffusion.", self, latent_shape=ALL_POSITIVE)
+        if self.latent_shape[2] % 2 or self.latent_shape[3] % 2:
+            raise ConfigError(f"diffusion.latent_shape={self.latent_shape}: height and width must be even, patches are 2 x 2")
         if self.sigma_min >= self.sigma_max:
             raise ConfigError(f"diffusion.sigma_min={self.sigma_min} must lie below diffusion.sigma_max={self.sigma_max}")
 
@@ -121,7 +134,7 @@ class SamplerConfig:
     unconditional: Literal["negative_prompt", "empty"] = "negative_prompt"
 
     def __post_init__(self) -> None:
-        _need("sampler.", self, steps=POSITIVE)
+        _need("sampler.", self, steps=POSITIVE, guidance=FINITE)
 
 
 # --- Text, latents, clips ---
@@ -146,6 +159,9 @@ class TextConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of T5's weights and computing; bfloat16 halves its memory. Embeddings are float32."""
 
+    def __post_init__(self) -> None:
+        _need("text.", self, tokens=POSITIVE, dim=POSITIVE)
+
 
 @dataclass(frozen=True)
 class ClipConfig:
@@ -156,7 +172,7 @@ class ClipConfig:
     stride: int = 1
     height: int = 704
     width: int = 1280
-    edge_preset: str = "random"
+    edge_preset: EdgePreset = "random"
     """Canny thresholds: random (drawn per clip), or none, very_low, low, medium, high, very_high."""
     windows: int = 1
     """Windows taken from each clip, each with its own start and control draw."""
@@ -246,8 +262,11 @@ class DMD2Config:
     r1_sigma: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.student_update_freq < 1:
-            raise ConfigError(f"dmd2.student_update_freq={self.student_update_freq} must be at least 1")
+        if self.student_update_freq < 2:
+            raise ConfigError(
+                f"dmd2.student_update_freq={self.student_update_freq} must be at least 2: at 1 no critic would ever be trained"
+            )
+        _need("dmd2.", self, guidance=FINITE)
         weights = ("gan_weight", "reconstruction_weight", "reconstruction_warmup", "critic_warmup", "r1_weight", "r1_sigma")
         _need("dmd2.", self, **dict.fromkeys(weights, NOT_NEGATIVE))
         if self.r1_weight > 0 and self.gan_weight == 0:
@@ -294,6 +313,19 @@ class TrainConfig:
 # --- Stages ---
 
 
+def _need_fit(net: NetConfig, diffusion: DiffusionConfig, text: TextConfig | None = None) -> None:
+    """Refuse a latent or a text that the network does not take."""
+    channels, *size = diffusion.latent_shape
+    if channels != net.latent_channels:
+        raise ConfigError(
+            f"diffusion.latent_shape={diffusion.latent_shape} has {channels} channels, net.latent_channels={net.latent_channels}"
+        )
+    if any(side > limit for side, limit in zip(size, net.max_latent, strict=True)):
+        raise ConfigError(f"diffusion.latent_shape={diffusion.latent_shape} exceeds net.max_latent={net.max_latent} (T, H, W)")
+    if text is not None and text.dim != net.text_dim:
+        raise ConfigError(f"text.dim={text.dim} is not the network's net.text_dim={net.text_dim}")
+
+
 @dataclass(frozen=True)
 class EncodeRun:
     """`python -m cosmos_mp encode`: a folder of captioned videos to latents, control latents and text embeddings."""
@@ -315,6 +347,10 @@ class EncodeRun:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     text: TextConfig = field(default_factory=TextConfig)
 
+    def __post_init__(self) -> None:
+        inside = (lambda value: 0 < value < 1, "between 0 and 1, both excluded")
+        _need("", self, shard_size=POSITIVE, limit=NOT_NEGATIVE, holdout_share=inside)
+
 
 @dataclass(frozen=True)
 class TeacherRun:
@@ -335,6 +371,9 @@ class TeacherRun:
     ema: EMAConfig = field(default_factory=lambda: EMAConfig(0.9999))
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        _need_fit(self.net, self.diffusion)
+
 
 @dataclass(frozen=True)
 class PairsRun:
@@ -342,7 +381,7 @@ class PairsRun:
 
     out: str = "datasets/pairs/edge"
     count: int = 10_000
-    teacher: str = "checkpoints/nvidia/Cosmos-Transfer1-7B/checkpoints_teacher/edge_control.pt"
+    teacher: str = TEACHER_7B
     """The teacher's weights: run folder, NVIDIA-named .pt, or .safetensors."""
     clips: str = "datasets/clips/train"
     """Encoded clips to answer: the output of `python -m cosmos_mp encode`."""
@@ -359,6 +398,7 @@ class PairsRun:
 
     def __post_init__(self) -> None:
         _need("", self, count=POSITIVE, batch_size=POSITIVE, shard_size=POSITIVE)
+        _need_fit(self.net, self.diffusion, self.text)
 
 
 @dataclass(frozen=True)
@@ -366,7 +406,7 @@ class KDRun:
     """`pretrain_kd`: 0.5 * MSE(student(noise), the teacher's answer)."""
 
     out: str = "runs/kd"
-    teacher: str = "checkpoints/nvidia/Cosmos-Transfer1-7B/checkpoints_teacher/edge_control.pt"
+    teacher: str = TEACHER_7B
     """Initial weights of the student."""
     pairs: str = "datasets/pairs/edge"
     holdout: str = "datasets/clips/holdout"
@@ -378,13 +418,16 @@ class KDRun:
     ema: EMAConfig = field(default_factory=EMAConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        _need_fit(self.net, self.diffusion)
+
 
 @dataclass(frozen=True)
 class DMD2Run:
     """`pretrain_dmd2`: variational score distillation and a GAN on real clips."""
 
     out: str = "runs/dmd2"
-    teacher: str = "checkpoints/nvidia/Cosmos-Transfer1-7B/checkpoints_teacher/edge_control.pt"
+    teacher: str = TEACHER_7B
     student: str = ""
     """Where the student starts: the KD run's folder; empty = the teacher's weights."""
     negative_prompt: str = ""
@@ -406,11 +449,13 @@ class DMD2Run:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(iterations=24_000))
 
     def __post_init__(self) -> None:
-        if self.text.dim != self.net.text_dim:
-            raise ConfigError(f"text.dim={self.text.dim} is not the network's net.text_dim={self.net.text_dim}")
+        _need_fit(self.net, self.diffusion, self.text)
         frames, first = self.diffusion.latent_shape[1], self.head.first_frame
-        if first >= frames:
-            raise ConfigError(f"head.first_frame={first} leaves none of the {frames} latent frames")
+        needed = 2 if self.head.kind in ("conv3d", "attention") else 1
+        if frames - first < needed:
+            raise ConfigError(
+                f"head.first_frame={first} leaves too few of the {frames} latent frames: head.kind={self.head.kind} needs {needed}"
+            )
         blocks = self.head.feature_blocks
         if not blocks or list(blocks) != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < self.net.blocks:
             raise ConfigError(f"head.feature_blocks={blocks} must be ascending block numbers in 0..{self.net.blocks - 1}")
@@ -421,13 +466,15 @@ class EvaluateRun:
     """`python -m cosmos_mp evaluate`: teacher and students on held-out clips, as a table, results.json and a report page."""
 
     out: str = "runs/evaluation"
-    teacher: str = "checkpoints/nvidia/Cosmos-Transfer1-7B/checkpoints_teacher/edge_control.pt"
+    teacher: str = TEACHER_7B
     students: tuple[str, ...] = ()
     """NAME=WEIGHTS of each student, such as KD=runs/edge_kd."""
     clips: str = "datasets/clips/edge/holdout"
     """Encoded clips that were never trained on."""
     videos: str = "datasets/dmd2"
     """The videos that these clips were encoded from."""
+    index: str = ""
+    """Folder with their clips.jsonl; empty = the videos' folder."""
     samples: int = 256
     batch_size: int = 1
     seed: int = 0
@@ -451,7 +498,8 @@ class EvaluateRun:
     def __post_init__(self) -> None:
         at_least_two = (lambda value: value >= 2, "at least 2")
         _need("", self, samples=at_least_two, diversity_noises=at_least_two, diversity_clips=at_least_two)
-        _need("", self, batch_size=POSITIVE, timing_repeats=POSITIVE, texture_period=NOT_NEGATIVE)
+        _need("", self, batch_size=POSITIVE, timing_repeats=at_least_two, texture_period=NOT_NEGATIVE)
+        _need_fit(self.net, self.diffusion, self.text)
 
 
 @dataclass(frozen=True)
@@ -473,6 +521,10 @@ class SampleRun:
     clip: ClipConfig = field(default_factory=ClipConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     text: TextConfig = field(default_factory=TextConfig)
+
+    def __post_init__(self) -> None:
+        _need("", self, control_weight=FINITE)
+        _need_fit(self.net, self.diffusion, self.text)
 
 
 Run = EncodeRun | TeacherRun | PairsRun | KDRun | DMD2Run | EvaluateRun | SampleRun

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import get_args
 
 from cosmos_mp.config import (
+    TEACHER_7B,
     ClipConfig,
     Control,
     DiffusionConfig,
@@ -38,7 +39,7 @@ NEGATIVE_PROMPT = (
 
 
 def _transfer1_7b(control: str) -> dict[str, Run]:
-    teacher = f"checkpoints/nvidia/Cosmos-Transfer1-7B/checkpoints_teacher/{control}_control.pt"
+    teacher = TEACHER_7B.replace("edge_control", f"{control}_control")
     clips, holdout, pairs = f"datasets/clips/{control}/train", f"datasets/clips/{control}/holdout", f"datasets/pairs/{control}"
     runs = {
         "encode": EncodeRun(out=clips, clip=ClipConfig(control=control)),

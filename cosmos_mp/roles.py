@@ -57,7 +57,12 @@ def check_sizes(source: str, net: NetConfig) -> None:
     if (folder / "model_index.json").is_file():
         found = dataclasses.asdict(read_sizes(folder))
     elif (folder / "config.json").is_file():
-        found = json.loads((folder / "config.json").read_text())["net"]
+        try:
+            found = dict(json.loads((folder / "config.json").read_text())["net"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{folder / 'config.json'} is not a run's ({error!r}); name a run folder, a folder with model_index.json or weight files"
+            ) from None
     else:
         return
     wanted = json.loads(json.dumps(dataclasses.asdict(net)))

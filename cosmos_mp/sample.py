@@ -34,8 +34,8 @@ def sample(config: SampleRun) -> Path:
     """
     if not config.prompt:
         raise ConfigError("no caption: give --prompt")
-    if config.text.dim != config.net.text_dim:
-        raise ConfigError(f"text.dim={config.text.dim} is not the network's net.text_dim={config.net.text_dim}")
+    if Path(config.out).is_dir():
+        raise ConfigError(f"{config.out} is a folder: name the mp4 file to write as --out")
     if bool(config.video) == bool(config.control):
         raise ConfigError("give one of --video (the control is computed from it) and --control (a ready control video)")
     topology = single_process()

@@ -358,7 +358,7 @@ def run_case(folder: Path, dtype: torch.dtype = torch.float32) -> list[Differenc
         CaseError: a file or entry is missing, the kind is unknown, or an expected entry has no counterpart or another shape.
     """
     config = _read(folder / "config.json", lambda path: json.loads(path.read_text()))
-    kind = config.get("kind")
+    kind = config.get("kind") if isinstance(config, dict) else None
     if kind not in KINDS:
         raise CaseError(f"{folder / 'config.json'}: kind {kind!r} is none of {', '.join(KINDS)}")
     for name in ("io.safetensors", "expected.safetensors"):
@@ -368,10 +368,12 @@ def run_case(folder: Path, dtype: torch.dtype = torch.float32) -> list[Differenc
         name: value.to(dtype) if value.is_floating_point() else value for name, value in _read(folder / "io.safetensors", load_file).items()
     }
     try:
+        limits = {"tensors": config["tolerance"]["tensors"], "numbers": config["tolerance"]["numbers"], **config["tolerance"]}
         values = KINDS[kind](Case(folder, config, io))
     except KeyError as error:
         raise CaseError(f"{folder}: config.json or io.safetensors has no entry {error}, which a {kind} case needs") from error
-    limits = config["tolerance"]
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise CaseError(f"{folder}: an entry of config.json is of the wrong kind ({error}); fetch the case again") from error
     tensors = _read(folder / "expected.safetensors", load_file)
     numbers_file = folder / "expected.json"
     numbers = _read(numbers_file, lambda path: json.loads(path.read_text())) if numbers_file.is_file() else {}

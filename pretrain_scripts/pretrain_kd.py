@@ -23,7 +23,7 @@ def main(config: KDRun) -> int:
 
     # --- Roles: the student starts as the teacher; a frozen teacher is needed for the pictures alone ---
     student = load_transfer_net(config.net, topology, config.teacher, "teacher")
-    if pairs.reader.header.meta["teacher"] != fingerprint(named_weights(student)):
+    if pairs.reader.header.meta.get("teacher") != fingerprint(named_weights(student)):
         print(f"note: the pairs of {config.pairs} are another teacher's than {config.teacher}, where the student starts")
     if config.train.recompute == "full":
         recompute(student, Block)

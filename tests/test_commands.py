@@ -98,8 +98,11 @@ def test_synthesize_index_and_fit_tokenizer(main, tmp_path):
     assert (status, out) == (0, f"{tmp_path / 'tokenizer'}: fitted on 2 clips\n")
     file = tmp_path / "tokenizer" / "tokenizer.safetensors"
     before = file.stat().st_mtime_ns
-    status, out, _ = main("fit-tokenizer", str(videos), str(tmp_path / "tokenizer"))
+    status, out, _ = main("fit-tokenizer", str(videos), str(tmp_path / "tokenizer"), "--clips", "2", *size)
     assert (status, out) == (0, f"{tmp_path / 'tokenizer'}: there already, kept\n")
+    for other in (["--clips", "3", *size], ["--clips", "2"], ["--clips", "2", *size, "--seed", "1"]):
+        status, _, err = main("fit-tokenizer", str(videos), str(tmp_path / "tokenizer"), *other)
+        assert status == 1 and "holds a tokenizer of other clips, sizes or seed" in err
     assert file.stat().st_mtime_ns == before
 
 
@@ -126,6 +129,7 @@ def test_a_folder_without_usable_clips_is_an_error(main, tiny_world, tmp_path):
     status, out, err = main("index", str(tmp_path / "videos"), "--min-frames", "10")
     assert (status, out) == (1, "")
     assert "too few frames (48); see" in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "videos" / "clips.jsonl").exists(), "an older index would be taken for this one"
 
 
 def test_cached_captions_are_what_the_encoder_says(tiny_world, tmp_path, capsys):

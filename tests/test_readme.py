@@ -1,6 +1,7 @@
 """Every command of the README is understood, and runs as far as small data carry it."""
 
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ from cosmos_mp import commands
 from cosmos_mp.__main__ import COMMANDS
 from cosmos_mp.cli import stage
 from cosmos_mp.config import DMD2Run, KDRun, PairsRun, TeacherRun
+from cosmos_mp.evaluate.report import markdown_table, number
 
 ROOT = Path(__file__).parents[1]
 STAGES = {"pretrain_teacher": TeacherRun, "generate_pairs": PairsRun, "pretrain_kd": KDRun, "pretrain_dmd2": DMD2Run}
@@ -69,3 +71,43 @@ def test_convert_is_understood_up_to_the_missing_weights(tmp_path, monkeypatch):
     (words,) = _words("python -m cosmos_mp convert")
     with pytest.raises(FileNotFoundError, match="runs/edge_dmd2"):
         commands.convert(words)
+
+
+# --- Measured numbers ---
+
+
+def measured(seed: int) -> dict:
+    return json.loads((ROOT / "examples" / "measured" / f"quickstart_seed{seed}.json").read_text())
+
+
+def results_table() -> str:
+    return markdown_table(measured(0))
+
+
+def seeds_table() -> str:
+    """What the quickstart asserts, and DMD2 against KD by every Fréchet distance, for three seeds."""
+    runs = [measured(seed) for seed in range(3)]
+    rows = [
+        [item["name"], f"{item['relation']} {number(item['bound'])}", *(number(run["checks"][i]["value"]) for run in runs)]
+        for i, item in enumerate(runs[0]["checks"])
+        if "calls" not in item["name"]
+    ]
+    for metric in runs[0]["metrics"]:
+        if metric["label"].startswith("Fréchet") and "PCA" not in metric["label"]:
+            pairs = [[run["variants"][name][metric["key"]]["value"] for name in ("DMD2", "KD")] for run in runs]
+            rows.append([f"DMD2 / KD, {metric['label']}", "–", *(number(dmd2 / kd) for dmd2, kd in pairs)])
+    lines = [["check", "bound", *(f"seed {seed}" for seed in range(3))], ["---", *["---:"] * 4], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def test_the_tables_are_the_measured_ones():
+    readme = (ROOT / "README.md").read_text()
+    assert results_table() in readme
+    assert seeds_table() in readme
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_check_held_where_it_was_measured(seed):
+    results = measured(seed)
+    assert results["run"]["seed"] == seed and results["run"]["clips"] > 400
+    assert len(results["checks"]) == 13 and all(item["passed"] for item in results["checks"])

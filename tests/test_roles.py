@@ -132,6 +132,13 @@ def test_a_folder_of_another_network_is_refused_though_its_weights_fit(tiny_chai
         check_sizes(str(tmp_path / "hf"), replace(sizes, control_rope_ratio=(3.0, 1.0, 1.0)))
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"stage": "kd"}', '{"net": 3}'])
+def test_a_folder_that_is_no_run_is_named(tmp_path, tiny_net, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="config.json is not a run's .*name a run folder"):
+        check_sizes(str(tmp_path), tiny_net())
+
+
 def test_new_networks_follow_from_the_seed(tiny_net):
     def of(make, *arguments):
         return [fingerprint(named_weights(make(*arguments, single_process(), seed))) for seed in (0, 0, 1)]

@@ -244,9 +244,12 @@ def _read_json(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing file of an exported student; export the folder again")
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ExportError(f"{path}: not valid JSON ({error}); export the folder again") from None
+    if not isinstance(values, dict):
+        raise ExportError(f"{path}: expected a JSON object, found {type(values).__name__}; export the folder again")
+    return values
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

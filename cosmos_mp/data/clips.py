@@ -101,6 +101,7 @@ def index_clips(root: Path, *, min_frames: int, decode: bool = True, out: Path |
                 rejected.append(Rejected(name, str(reason)))
     _write_jsonl(out / "rejected.jsonl", map(asdict, rejected))
     if not clips:
+        (out / "clips.jsonl").unlink(missing_ok=True)  # of an earlier run, about files that are no longer usable
         counts = Counter(entry.reason.split(":")[0] for entry in rejected)
         found = ", ".join(f"{reason} ({count})" for reason, count in counts.most_common())
         remedy = f"see {out / 'rejected.jsonl'}" if rejected else f"put {', '.join(SUFFIXES)} files into {root / 'videos'}"

@@ -156,7 +156,7 @@ def read_header(store: Path) -> Header:
         raise StoreError(f"{path} is no store of format version {VERSION}; make the store anew in another folder")
     try:
         fields = {name: Field(tuple(item["shape"]), getattr(torch, item["dtype"])) for name, item in values["fields"].items()}
-        return Header(values["kind"], values["count"], values["shard_size"], fields, values["meta"])
+        return Header(values["kind"], values["count"], values["shard_size"], fields, dict(values["meta"].items()))
     except (KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} is damaged ({error!r}); make the store anew in another folder") from None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -45,6 +44,8 @@ TEACHER, TEACHER_ONE_STEP = "teacher", "teacher 1-step"
 PCA_AXES = 32
 FEATURE_SIGMA = 0.1
 """Noise level at which the frozen teacher looks at a latent."""
+TEACHER_TIMED = 5
+"""Clips that the teacher is timed on."""
 BOOTSTRAPS = 100
 DECODER_BATCH = 32
 
@@ -87,17 +88,15 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
 
     real_videos = _decode(tokenizer, clips.batch.latent_BCTHW, topology.device)
     variants = _measure(config, topology, networks, answers, clips, latents, videos, real_videos, named)
-    timing = _timing(config, topology, networks, answers, tokenizer, clips)
-    for name in answers:
-        calls = 1 if name != TEACHER else (config.sampler.steps + 1) * (2 if config.sampler.guidance else 1)
-        variants[name] |= {"calls": calls, "network_ms": timing["network ms"][name], "end_to_end_ms": timing["end to end ms"][name]}
+    for name, costs in _costs(config, topology, networks, answers, tokenizer, clips).items():
+        variants[name] |= costs
     described = [metric for metric in METRICS + _extra_metrics(config) if any(metric["key"] in values for values in variants.values())]
     results = {
         "run": _about(config, topology, networks, clips) | _ceiling(clips, real_videos),
         "metrics": described,
         "variants": variants,
         "checks": CHECKS[config.checks](variants),
-        "timing": timing,
+        "timing": {"clips timed": {"teacher": TEACHER_TIMED, "one call": config.timing_repeats}},
     }
     save_results(out / "results.json", results)
     picture = _picture(out, clips, videos)
@@ -114,13 +113,14 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
 
 def _load_clips(config: EvaluateRun) -> Clips:
     expect = {"kind": "clips", "diffusion.latent_shape": config.diffusion.latent_shape, "net.text_dim": config.net.text_dim}
+    expect["text.tokens"] = config.text.tokens
     store = LatentDataset(Path(config.clips), config.seed, expect=expect)
     count = min(config.samples, len(store))
     if count < 2:
         raise ConfigError(f"{config.clips} holds {len(store)} clips; an evaluation needs at least 2")
     meta, root = store.reader.header.meta, Path(config.videos)
     clip = ClipConfig(**meta["clip"])
-    records = {record.id: record for record in load_index(root / "clips.jsonl")}
+    records = {record.id: record for record in load_index(Path(config.index or config.videos) / "clips.jsonl")}
     infos = [store.info(index) for index in range(count)]
     unknown = [info["clip"] for info in infos if info["clip"] not in records]
     if unknown:
@@ -190,7 +190,7 @@ def _logs(config: EvaluateRun) -> dict[str, Path]:
 REAL = "to the real held-out clips"
 METRICS: list[dict[str, Any]] = [
     {"key": "calls", "label": "network calls per clip", "unit": "", "better": "lower"},
-    {"key": "network_ms", "label": "wall time, network", "unit": "ms", "better": "lower", "note": "median, one clip at a time"},
+    {"key": "network_ms", "label": "wall time, network", "unit": "ms", "better": "lower", "note": "median over clips, one at a time"},
     {"key": "end_to_end_ms", "label": "wall time, end to end", "unit": "ms", "better": "lower", "note": "text, control, network, decoder"},
     {"key": "mse", "label": "MSE to the teacher's answer", "unit": "", "better": "lower", "note": "same noise, latent space"},
     {"key": "frechet_teacher", "label": "Fréchet, teacher features", "unit": "", "better": "lower", "note": REAL},
@@ -291,42 +291,64 @@ def _diversity(config: EvaluateRun, topology: Topology, answer: Answer, batch: B
 
 
 @torch.no_grad()
-def _timing(
+def _costs(
     config: EvaluateRun,
     topology: Topology,
     networks: dict[str, Denoiser],
     answers: dict[str, tuple[Answer, str]],
     tokenizer: Tokenizer,
     clips: Clips,
-) -> dict[str, Any]:
-    """Median wall times for one clip: network alone, and from caption and control video to frames."""
-    one = clips.batch.rows(torch.arange(1)).to(topology.device)
-    epsilon = evaluation_noise(tuple(one.latent_BCTHW.shape[1:]), config.seed, 0, one.position_B).to(topology.device)
-    control = frames_to_video(clips.control[:1]).to(topology.device)
-    encoder = build_text_encoder(config.text, topology.device)
+) -> dict[str, dict[str, Any]]:
+    """Per variant: network calls for a clip, counted, and wall times, of the network alone and from caption and control to frames."""
+    encoder, device = build_text_encoder(config.text, topology.device), topology.device
 
-    def end_to_end(answer: Answer) -> None:
-        text = encoder.encode(clips.captions[:1]).to(topology.device)
-        latent = answer(epsilon, Condition(text, tokenizer.encode(control), one.fps_B, one.padding_mask_BHW))
-        tokenizer.decode(latent)
+    def take(index: int) -> tuple[Batch, Tensor]:
+        one = clips.batch.rows(torch.tensor([index])).to(device)
+        return one, evaluation_noise(tuple(one.latent_BCTHW.shape[1:]), config.seed, 0, one.position_B).to(device)
 
-    network, whole = {}, {}
+    def alone(answer: Answer, index: int) -> None:
+        one, epsilon = take(index)
+        answer(epsilon, condition_of_clips(one))
+
+    def end_to_end(answer: Answer, index: int) -> None:
+        one, epsilon = take(index)
+        text = encoder.encode(clips.captions[index : index + 1]).to(device)
+        control = tokenizer.encode(frames_to_video(clips.control[index : index + 1]).to(device))
+        tokenizer.decode(answer(epsilon, Condition(text, control, one.fps_B, one.padding_mask_BHW)))
+
+    costs = {}
     for name, (answer, _) in answers.items():
-        repeats = 3 if name == TEACHER else config.timing_repeats
-        network[name] = _median_ms(lambda a=answer: a(epsilon, condition_of_clips(one)), repeats, topology.device)
-        whole[name] = _median_ms(lambda a=answer: end_to_end(a), repeats, topology.device)
-    return {"network ms": network, "end to end ms": whole, "repeats": {"teacher": 3, "one call": config.timing_repeats}}
+        count = TEACHER_TIMED if name == TEACHER else config.timing_repeats
+        costs[name] = {
+            "calls": _count_calls(networks, lambda a=answer: alone(a, 0)),
+            "network_ms": _time_ms(lambda index, a=answer: alone(a, index), count, len(clips.batch), device),
+            "end_to_end_ms": _time_ms(lambda index, a=answer: end_to_end(a, index), count, len(clips.batch), device),
+        }
+    return costs
 
 
-def _median_ms(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
+def _count_calls(networks: dict[str, Denoiser], call: Callable[[], Any]) -> int:
+    """Forward passes of all networks together in one call."""
+    passes: list[None] = []
+    hooks = [denoiser.network.register_forward_hook(lambda *_: passes.append(None)) for denoiser in networks.values()]
+    try:
         call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return len(passes)
+
+
+def _time_ms(call: Callable[[int], Any], count: int, clips: int, device: torch.device) -> Any:
+    """Median wall time over `count` clips after one call to warm up, with its interval."""
+    times = []
+    for number in range(count + 1):
+        start = time.perf_counter()
+        call(number % clips)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[1:])
+    return bootstrap(np.median, np.array(times[1:]), repeats=BOOTSTRAPS)
 
 
 # --- Outputs ---

@@ -80,11 +80,12 @@ class TinyTokenizer(nn.Module):
         weight, bias = getattr(self, f"{kind}_{way}"), getattr(self, f"{kind}_{way}_bias")
         return F.conv3d(value, weight, bias, stride=tuple(stride), padding=tuple(padding))
 
-    def save(self, folder: Path) -> Path:
-        """Write `folder/tokenizer.safetensors`, visible at once and whole."""
+    def save(self, folder: Path, fitted_on: str = "") -> Path:
+        """Write `folder/tokenizer.safetensors`, visible at once and whole; `fitted_on` names the clips, see `fitted_on`."""
         path = Path(folder) / FILE
         with whole(path) as partial:
-            save_file({name: getattr(self, name.replace(".", "_")).contiguous() for name in SHAPES}, partial, metadata={"format": FORMAT})
+            tensors = {name: getattr(self, name.replace(".", "_")).contiguous() for name in SHAPES}
+            save_file(tensors, partial, metadata={"format": FORMAT, "fitted_on": fitted_on})
         return path
 
     @classmethod
@@ -115,6 +116,13 @@ class TinyTokenizer(nn.Module):
         if wrong:
             raise ValueError(f"{path}: {'; '.join(wrong)}; {remedy}")
         return cls(tensors)
+
+
+def fitted_on(folder: Path) -> str:
+    """What `save` was told about the clips of a tokenizer. Raises as `TinyTokenizer.load`."""
+    TinyTokenizer.load(folder)
+    with safe_open(Path(folder) / FILE, framework="pt") as file:
+        return (file.metadata() or {}).get("fitted_on", "")
 
 
 # --- Blocks ---

@@ -12,6 +12,7 @@ every file.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -74,6 +75,29 @@ def open_run(run_dir: Path, settings: Mapping[str, Any]) -> None:
         except CheckpointError as error:
             raise CheckpointError(f"{run_dir}: {error}") from None
     write_json(path, dict(settings))
+
+
+@contextmanager
+def exclusive(run_dir: Path) -> Iterator[None]:
+    """Keep a run folder to this process; a lock that dies with its process, however it dies.
+
+    Raises:
+        CheckpointError: another process trains into the folder; the message has its number.
+    """
+    path = Path(run_dir) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise CheckpointError(
+                f"{run_dir}: process {file.read().strip()} trains here; wait for it, or stop it and start again"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 def check_same_run(old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from cosmos_mp.distill.method import Method
 from cosmos_mp.options import DATA, to_dict
 from cosmos_mp.parallel.topology import Topology
 from cosmos_mp.training.callbacks import Callback, ConsoleLog, JsonLines, Pictures, ProgressBar, TensorBoard
+from cosmos_mp.training.checkpoint import exclusive
 from cosmos_mp.training.loop import fit
 from cosmos_mp.training.samples import HeldOut
 
@@ -22,6 +23,8 @@ INTERRUPTED = 75
 def open_store(path: str, kind: str, config: TeacherRun | KDRun | DMD2Run) -> LatentDataset:
     """A store of encoded clips or pairs, checked against the run's configuration."""
     expect = {"kind": kind, "diffusion.latent_shape": config.diffusion.latent_shape, "net.text_dim": config.net.text_dim}
+    if isinstance(config, DMD2Run):  # its unconditional text must be as long as the captions
+        expect["text.tokens"] = config.text.tokens
     return LatentDataset(Path(path), config.train.seed, expect=expect)
 
 
@@ -62,7 +65,10 @@ def train(
     if held_out is not None:
         callbacks.append(Pictures(held_out.renderer(answers), options.picture_every))
     settings = to_dict(config) | {DATA: data.reader.sha256}  # a resumed run must see the same samples
-    result = fit(method, data, options, optim, config.ema, run_dir, callbacks, settings=settings, ema_role=ema_role, device=topology.device)
+    with exclusive(run_dir):
+        result = fit(
+            method, data, options, optim, config.ema, run_dir, callbacks, settings=settings, ema_role=ema_role, device=topology.device
+        )
     if result.interrupted:
         print(f"interrupted and saved at iteration {result.iteration}; run the same command again to go on")
     return INTERRUPTED if result.interrupted else 0

@@ -74,7 +74,6 @@ def phases(method: DMD2, count: int) -> str:
     [
         ({}, "sccccsccccsc"),
         ({"student_update_freq": 3}, "sccsccsccscc"),
-        ({"student_update_freq": 1}, "ssssssssssss"),
         ({"critic_warmup": 6}, "ccccccccccsc"),
         ({"reconstruction_warmup": 3}, "sssccsccccsc"),
         ({"reconstruction_warmup": 2, "critic_warmup": 4}, "ssccccccccsc"),

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from cosmos_mp.distill.teacher import TeacherPretraining
 from cosmos_mp.options import load
 from cosmos_mp.parallel.topology import single_process
 from cosmos_mp.roles import new_transfer_net
-from cosmos_mp.training.checkpoint import latest, load_weights_of
+from cosmos_mp.training.checkpoint import CheckpointError, latest, load_weights_of
 from cosmos_mp.training.logs import lines
 from cosmos_mp.training.pictures import picture_grid
 from cosmos_mp.training.stage import INTERRUPTED, open_held_out, open_store, train
@@ -99,7 +101,7 @@ def test_a_run_leaves_config_log_scalars_pictures_and_checkpoint(run, tmp_path, 
 
 def test_watchers_can_be_left_out(run, tmp_path):
     assert run("a", "--train.iterations", 1) == 0
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["checkpoints", "config.json", "log.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [".lock", "checkpoints", "config.json", "log.jsonl"]
 
 
 def test_a_picture_has_a_grid_per_clip_with_the_rows_asked_for(run, tmp_path):
@@ -168,6 +170,17 @@ def test_other_samples_at_the_same_path_are_noticed(run, tiny_world, tmp_path):
     shutil.copytree(tiny_world.root / "clips" / "holdout", clips)
     with pytest.raises(ValueError, match='another run is here .data_sha256: "[0-9a-f]{64}" -> "[0-9a-f]{64}"'):
         run("a", "--train.iterations", 2, "--clips", clips)
+
+
+def test_a_folder_where_another_process_trains_is_refused(run, tmp_path):
+    hold = "import sys, time; from pathlib import Path; from cosmos_mp.training.checkpoint import exclusive\n"
+    hold += "with exclusive(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "a")], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(CheckpointError, match=f"a: process {other.pid} trains here; wait for it, or stop it"):
+            run("a", "--train.iterations", 1)
+        other.kill()  # -9: nothing of its own can clean up
+    assert run("a", "--train.iterations", 1) == 0
 
 
 def test_two_processes_do_not_train_into_one_folder(run, monkeypatch):
