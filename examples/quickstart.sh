@@ -22,7 +22,6 @@ case $out in '') out=runs/quickstart${fast:+-fast} ;; /*) ;; *) out=$from/$out ;
 
 . examples/setup.sh
 set_up ''
-export OMP_PROC_BIND=true # each thread on a core of its own: two on one core wait for each other
 began=$SECONDS
 say() { printf '\n== %s (%d s)\n' "$1" $((SECONDS - began)); }
 
@@ -63,7 +62,7 @@ python pretrain_scripts/pretrain_teacher.py tiny_teacher --out "$out/teacher" --
   --train.iterations "$teacher"
 
 say "pairs: the teacher's 36-step answers"
-OMP_NUM_THREADS=1 OMP_PROC_BIND=false torchrun --standalone --nproc_per_node 2 pretrain_scripts/generate_pairs.py tiny_pairs --out "$out/pairs" --clips "$out/clips/train" --teacher "$out/teacher" \
+OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 pretrain_scripts/generate_pairs.py tiny_pairs --out "$out/pairs" --clips "$out/clips/train" --teacher "$out/teacher" \
   --count "$pairs" --shard_size $((pairs / 16)) --seed "$seed"
 
 say "KD"
@@ -72,7 +71,7 @@ python pretrain_scripts/pretrain_kd.py tiny_kd --out "$out/kd" --pairs "$out/pai
 
 say "DMD2, and beside it DMD2 without GAN (its words go to $out/dmd2_without_gan.log)"
 dmd2() { # NAME WEIGHT: one core each; two threads of one run would gain less
-  OMP_NUM_THREADS=1 OMP_PROC_BIND=false python pretrain_scripts/pretrain_dmd2.py tiny_dmd2 --out "$out/$1" --clips "$out/clips/train" --teacher "$out/teacher" \
+  OMP_NUM_THREADS=1 python pretrain_scripts/pretrain_dmd2.py tiny_dmd2 --out "$out/$1" --clips "$out/clips/train" --teacher "$out/teacher" \
     --student "$out/kd" "${train[@]}" --train.iterations "$dmd2" --dmd2.gan_weight "$2"
 }
 dmd2 dmd2_without_gan 0 >"$out/dmd2_without_gan.log" 2>&1 &

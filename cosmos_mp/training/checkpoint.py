@@ -146,7 +146,7 @@ def save(run_dir: Path, iteration: int, tensors: Mapping[str, Tensor], settings:
             shutil.rmtree(leftover)
         partial.mkdir(parents=True)
         with _single_process():
-            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(partial), no_dist=not dist.is_initialized())
+            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(partial), no_dist=_alone())
         _write(partial / CONFIG, _json(settings))
         _write(partial / MARKER, _json({"iteration": iteration, "files": _listing(partial)}))
         sync_folder(partial)
@@ -271,7 +271,7 @@ def load(path: Path, tensors: Mapping[str, Tensor]) -> None:
     if complaints:
         more = f" and {len(complaints) - 8} more" if len(complaints) > 8 else ""
         raise CheckpointError(f"{path} does not fit this run: {'; '.join(complaints[:8])}{more}; resume with the code and options it had")
-    _read(path, tensors, no_dist=not dist.is_initialized())
+    _read(path, tensors, no_dist=_alone())
 
 
 def load_weights_of(path: Path, role: str, *, prefer_ema: bool = True) -> dict[str, Tensor]:
@@ -314,6 +314,15 @@ def _read(path: Path, tensors: Mapping[str, Tensor], *, no_dist: bool) -> None:
 
 def _stored(path: Path) -> dict[str, TensorStorageMetadata]:
     return _Reader(path).read_metadata().state_dict_metadata
+
+
+def _alone() -> bool:
+    """Whether one process makes the whole checkpoint.
+
+    Then no collective runs, not even with itself: gloo's thread would open a second OpenMP team, and with more threads than cores the
+    training's own team stops spinning at its barriers; every later iteration took twice as long (measured on two cores).
+    """
+    return not dist.is_initialized() or dist.get_world_size() == 1
 
 
 @contextmanager
