@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from cosmos_mp.parallel.topology import single_process
 from cosmos_mp.training import checkpoint
 from cosmos_mp.training.checkpoint import (
     CheckpointError,
@@ -56,6 +58,17 @@ def test_what_is_saved_comes_back(tmp_path):
     load(path, table)
     assert all(torch.equal(value, table[name]) and value.dtype == table[name].dtype for name, value in tensors(7.0).items())
     assert json.loads((path / "config.json").read_text()) == json.loads(json.dumps(SETTINGS))
+
+
+def test_a_single_process_saves_and_loads_without_collectives(tmp_path, monkeypatch):
+    """Gloo's thread would open a second OpenMP team, which slows the training's own for good."""
+    single_process()
+    assert dist.is_initialized() and dist.get_world_size() == 1
+    collectives = ("all_gather_object", "gather_object", "scatter_object_list", "broadcast_object_list", "broadcast", "all_gather")
+    for name in collectives:
+        monkeypatch.setattr(dist, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
+    (path,) = saved(tmp_path, 7)
+    load(path, {name: torch.zeros_like(value) for name, value in tensors(7.0).items()})
 
 
 def test_marker_lists_every_file(tmp_path):
