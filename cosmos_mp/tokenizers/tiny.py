@@ -85,7 +85,8 @@ class TinyTokenizer(nn.Module):
         path = Path(folder) / FILE
         with whole(path) as partial:
             tensors = {name: getattr(self, name.replace(".", "_")).contiguous() for name in SHAPES}
-            save_file(tensors, partial, metadata={"format": FORMAT, "fitted_on": fitted_on})
+            # One entry: safetensors writes several in any order, and the file's checksum stands for the tokenizer.
+            save_file(tensors, partial, metadata={"format": f"{FORMAT}; {fitted_on}"})
         return path
 
     @classmethod
@@ -106,7 +107,7 @@ class TinyTokenizer(nn.Module):
                 metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"{path}: not a readable safetensors file ({error}); {remedy}") from error
-        if metadata.get("format") != FORMAT:
+        if metadata.get("format", "").partition("; ")[0] != FORMAT:
             raise ValueError(f"{path}: format {metadata.get('format')!r}, expected {FORMAT!r}; {remedy}")
         wrong = [
             f"{name} is {tuple(tensors[name].shape) if name in tensors else 'missing'}, expected {SHAPES.get(name, 'no such tensor')}"
@@ -122,7 +123,7 @@ def fitted_on(folder: Path) -> str:
     """What `save` was told about the clips of a tokenizer. Raises as `TinyTokenizer.load`."""
     TinyTokenizer.load(folder)
     with safe_open(Path(folder) / FILE, framework="pt") as file:
-        return (file.metadata() or {}).get("fitted_on", "")
+        return file.metadata()["format"].partition("; ")[2]
 
 
 # --- Blocks ---
