@@ -182,12 +182,13 @@ def _charts(path: Path) -> list[dict[str, Any]]:
     def named(group: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         return {name.removeprefix(group): log[name] for name in log if name.startswith(group)}
 
+    speed = {"samples per second": log["samples_per_second"]} if "samples_per_second" in log else {}
     charts = [(name, {name: points}) for group in ("terms/", "metrics/") for name, points in named(group).items()]
     charts += [(f"total, {roles}", {roles: points}) for roles, points in named("total/").items()]
     charts += [
         ("gradient norm", named("grad_norms/")),
         ("learning rate", named("lrs/")),
-        ("samples per second", named("samples_per_second")),
+        ("samples per second", speed),
     ]
     drawn = ((title, {name: _binned(*points) for name, points in series.items()}) for title, series in charts)
     drawn = ((title, {name: bins for name, bins in series.items() if len(bins)}) for title, series in drawn)

@@ -292,7 +292,9 @@ def test_charts_skip_what_a_log_lacks(tmp_path):
     log.write_text('{"iteration": 0, "terms": {"mse": 1.0}, "lrs": null}\n{"iteration": 1, "terms": {"mse": NaN, "gan": NaN}, "lrs": {}}\n')
     assert [chart["title"] for chart in report._charts(log)] == ["mse"]
     log.write_text(json.dumps({"iteration": 0, "metrics": {"accuracy": 0.5}, "lrs": {"student": 1e-4}, "samples_per_second": 9.0}) + "\n")
-    assert [chart["title"] for chart in report._charts(log)] == ["accuracy", "learning rate", "samples per second"]
+    charts = report._charts(log)
+    assert [chart["title"] for chart in charts] == ["accuracy", "learning rate", "samples per second"]
+    assert [chart["names"] for chart in charts] == [["accuracy"], ["student"], ["samples per second"]]
 
 
 def test_all_text_is_escaped(results, files):
