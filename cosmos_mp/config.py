@@ -293,12 +293,11 @@ class TrainConfig:
     tensorboard: bool = True
     max_nonfinite: int = 3
     """Skipped iterations in a row (non-finite loss or gradient) after which the run stops."""
-    recompute: Literal["none", "full"] = "full"
-    """Activation recomputation of every transformer block of a trained network."""
-
-    @property
-    def accumulation(self) -> int:
-        return self.global_batch_size // self.micro_batch_size
+    recompute: Literal["none", "selective", "full"] = "full"
+    """What is computed again in the backward pass of every transformer block: nothing, all but matrix products, attention and
+    communication, or everything."""
+    async_save: bool = False
+    """Write checkpoints beside the training; the state is copied to the CPU first."""
 
     def __post_init__(self) -> None:
         at_least_one = (lambda value: value >= 1, "at least 1")
@@ -308,6 +307,41 @@ class TrainConfig:
             raise ConfigError(
                 f"train.global_batch_size={self.global_batch_size} is no multiple of train.micro_batch_size={self.micro_batch_size}"
             )
+
+
+# --- Parallelism ---
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes of a training run share its networks and its samples. world = tp * cp * dp."""
+
+    tp: int = 1
+    """Tensor parallel: ranks that split every attention head group and MLP."""
+    cp: int = 1
+    """Context parallel: ranks that split a clip along its latent frames."""
+    dp: int = 0
+    """Data parallel: groups of ranks that see different samples; 0 = whatever the number of processes leaves."""
+    cp_attention: Literal["ulysses", "ring"] = "ulysses"
+    """Self-attention over the ranks of cp: all-to-all of heads, or keys and values passed round a ring."""
+    sequence_parallel: bool = False
+    """Split what tensor parallelism leaves whole, norms and residuals, along the tokens over the ranks of tp."""
+    shard: int = 0
+    """Ranks that share one copy of parameters and optimizer state (FSDP); 0 = all of dp x cp, fewer = HSDP."""
+    reduce: Literal["step", "micro_batch"] = "step"
+    """When gradients are reduced: once per optimizer step, or after every micro-batch, which needs less memory without HSDP."""
+    compute: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type in which networks compute; their masters and the reduction of gradients stay float32. auto = bfloat16 on a GPU."""
+    reference_cp_scaling: int = 0
+    """Reproduce what the published recipe did at this context-parallel size: generator GAN gradient / N, VSD norm per N-th of a clip."""
+    timeout: float = 600.0
+    """Seconds after which a rank that waits for another gives up."""
+
+    def __post_init__(self) -> None:
+        _need("parallel.", self, tp=POSITIVE, cp=POSITIVE, dp=NOT_NEGATIVE, shard=NOT_NEGATIVE, timeout=POSITIVE)
+        _need("parallel.", self, reference_cp_scaling=NOT_NEGATIVE)
+        if self.sequence_parallel and self.tp == 1:
+            raise ConfigError("parallel.sequence_parallel splits over the ranks of tp: give parallel.tp at least 2, or leave it off")
 
 
 # --- Stages ---
@@ -369,6 +403,7 @@ class TeacherRun:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     optim_teacher: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2**-14.3, betas=(0.9, 0.99), weight_decay=0.1, warmup=2500))
     ema: EMAConfig = field(default_factory=lambda: EMAConfig(0.9999))
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -416,6 +451,7 @@ class KDRun:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     optim_student: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
     ema: EMAConfig = field(default_factory=EMAConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -446,6 +482,7 @@ class DMD2Run:
     optim_fake_score: OptimConfig = field(default_factory=OptimConfig)
     optim_discriminator: OptimConfig = field(default_factory=OptimConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(iterations=24_000))
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,36 +16,51 @@ from cosmos_mp.convert.huggingface import import_huggingface, read_sizes
 from cosmos_mp.convert.nvidia import read_networks
 from cosmos_mp.models.discriminator import Discriminator
 from cosmos_mp.models.transfer import TransferNet
-from cosmos_mp.models.weights import build, initialize, load_weights
+from cosmos_mp.models.weights import initialize, load_weights
+from cosmos_mp.parallel.apply import parallelize
+from cosmos_mp.parallel.pieces import Pieces
 from cosmos_mp.parallel.topology import Topology
 from cosmos_mp.presets import NEGATIVE_PROMPT
 from cosmos_mp.text import build_text_encoder
-from cosmos_mp.training.checkpoint import load_weights_of
+from cosmos_mp.training.checkpoint import load_role, load_weights_of
+
+Recompute = Literal["none", "selective", "full"]
 
 
-def transfer_net(net: NetConfig, topology: Topology) -> TransferNet:
-    """An unfilled network on the topology's device."""
-    return build(lambda: TransferNet(net, LocalBackend(topology.tp_group)), topology.device)
+def transfer_net(net: NetConfig, topology: Topology, recompute: Recompute = "none", dtype: torch.dtype = torch.float32) -> TransferNet:
+    """An unfilled network, laid out over the ranks of the topology."""
+    with torch.device("meta"):
+        network = TransferNet(net, LocalBackend(topology.tp_group))
+    return parallelize(network, topology, recompute_mode=recompute, dtype=dtype)
 
 
-def new_transfer_net(net: NetConfig, topology: Topology, seed: int) -> TransferNet:
+def new_transfer_net(net: NetConfig, topology: Topology, seed: int, recompute: Recompute = "none") -> TransferNet:
     """A network with first values."""
-    network = transfer_net(net, topology)
-    initialize(network, seed)
+    network = transfer_net(net, topology, recompute)
+    initialize(Pieces(network, topology), seed)
     return network
 
 
-def load_transfer_net(net: NetConfig, topology: Topology, source: str, role: str) -> TransferNet:
-    """A network with the weights of `source`, loaded strictly.
+def load_transfer_net(net: NetConfig, topology: Topology, source: str, role: str, recompute: Recompute = "none") -> TransferNet:
+    """A network with the weights of `source`, loaded strictly; every rank reads its own part of them.
 
     Args:
         source: what `read_weights` takes.
         role: whose weights, where the source is a run.
     """
     check_sizes(source, net)
-    network = transfer_net(net, topology)
-    load_weights(network, read_weights(source, role), source)
+    network = transfer_net(net, topology, recompute)
+    pieces = Pieces(network, topology)
+    if is_run(source):
+        load_role(Path(source), role, {name: pieces.as_stored(name, piece.parameter.detach()) for name, piece in pieces.items()})
+    else:
+        load_weights(pieces, read_weights(source, role), source)
     return network
+
+
+def is_run(source: str) -> bool:
+    """Whether weights come from a run or checkpoint folder of ours."""
+    return Path(source).is_dir() and not (Path(source) / "model_index.json").is_file()
 
 
 def check_sizes(source: str, net: NetConfig) -> None:
@@ -87,15 +103,17 @@ def read_weights(source: str, role: str) -> dict[str, Tensor]:
     path = Path(source)
     if (path / "model_index.json").is_file():
         return import_huggingface(path)[0]
-    if path.is_dir():
+    if is_run(source):
         return load_weights_of(path, role)
     return read_networks([Path(part) for part in source.split(",")])
 
 
 def new_discriminator(net: NetConfig, head: HeadConfig, topology: Topology, seed: int) -> Discriminator:
     """A discriminator with first values for features of the network's width."""
-    discriminator = build(lambda: Discriminator(net.hidden, head), topology.device)
-    initialize(discriminator, seed)
+    with torch.device("meta"):
+        discriminator = Discriminator(net.hidden, head)
+    parallelize(discriminator, topology)
+    initialize(Pieces(discriminator, topology), seed)
     return discriminator
 
 

@@ -22,7 +22,7 @@ from cosmos_mp.diffusion.samplers import first_step, one_step, sample_teacher, s
 from cosmos_mp.diffusion.schedules import edm_ramp
 from cosmos_mp.distill.conditioning import first_frames
 from cosmos_mp.distill.dmd2 import DMD2, Draws
-from cosmos_mp.distill.losses import kd_loss, vsd_loss, vsd_weight
+from cosmos_mp.distill.losses import kd_loss, vsd_loss, vsd_scale, vsd_weight
 from cosmos_mp.distill.method import StepOutput
 from cosmos_mp.models import embeddings
 from cosmos_mp.models.block import modulate
@@ -219,7 +219,7 @@ def run_dmd2_step(case: Case) -> Values:
         "student_vsd_loss": vsd.value,
         "student_gan_loss": gan.value,
         "student_total": _total(output),
-        "vsd_weight": vsd_weight(scores.y, scores.guided_x0, io["sigma"]),
+        "vsd_weight": vsd_weight(io["sigma"], vsd_scale(scores.y, scores.guided_x0)).flatten(),
         "student_grad_norm": _norm(grads["total"]),
         "student_grad_norm_vsd": _norm(grads["vsd"]),
         "student_grad_norm_gan": _norm(grads["gan"]),

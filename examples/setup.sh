@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced: makes .venv beside the code with the CPU set, once, and puts it first on PATH. Needs Python 3.11 or 3.12.
 # An interrupted installation is taken up again; a finished one is recognised by the versions it was made for.
 
@@ -28,12 +29,12 @@ set_up() { # extras, such as "test"
   sum=$(cksum <"$root/setup.py") wanted="$torch_pin $1 $sum" found=$(cat "$stamp" 2>/dev/null || true)
   # What was installed with the tests' packages has all that the rest needs.
   if [ "$found" != "$wanted" ] && [ "$found" != "$torch_pin ${1:-test} $sum" ]; then
-    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check "$torch_pin" &&
+    if ! { "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check "$torch_pin" &&
       "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check "$torch_pin" -e "$root${1:+[$1]}" &&
-      echo "$wanted" >"$stamp" || {
+      echo "$wanted" >"$stamp"; }; then
       echo "error: the installation failed; run the same command again to go on" >&2
       return 1
-    }
+    fi
   fi
   export PATH="$root/.venv/bin:$PATH"
   # Small tensors come and go all the time: keep their memory instead of handing it back to the kernel and faulting it in again.

@@ -8,43 +8,43 @@ from cosmos_mp.config import DMD2Run
 from cosmos_mp.diffusion.edm import Denoiser
 from cosmos_mp.diffusion.samplers import answer_in_one_step, guidance_words
 from cosmos_mp.distill.dmd2 import DMD2
-from cosmos_mp.models.block import Block
-from cosmos_mp.parallel.recompute import recompute
-from cosmos_mp.parallel.topology import single_process
+from cosmos_mp.parallel.context import frame_sums
 from cosmos_mp.roles import load_transfer_net, new_discriminator, unconditional_text
-from cosmos_mp.training.stage import open_held_out, open_store, train
+from cosmos_mp.training.stage import meet, open_held_out, open_store, train
 
 
 def main(config: DMD2Run) -> int:
     # --- Data: opened before any network, so that a wrong path costs seconds ---
-    topology = single_process()
+    topology = meet(config)
     clips, held_out = open_store(config.clips, "clips", config), open_held_out(config, topology)
 
     # --- Roles: after KD the student is no longer the teacher; the fake score starts as either ---
-    net, options = config.net, config.dmd2
+    net, options, again = config.net, config.dmd2, config.train.recompute
     starts = {
         "teacher": (config.teacher, "teacher"),
         "student": (config.student, "student") if config.student else (config.teacher, "teacher"),
     }
     networks = {
-        "student": load_transfer_net(net, topology, *starts["student"]),
-        "teacher": load_transfer_net(net, topology, *starts["teacher"]).requires_grad_(False),
+        "student": load_transfer_net(net, topology, *starts["student"], again),
+        "teacher": load_transfer_net(net, topology, *starts["teacher"], again).requires_grad_(False),
     }
     optim = {"student": config.optim_student}
     if not options.ladd:
-        networks["fake_score"] = load_transfer_net(net, topology, *starts[options.fake_score_init])
+        networks["fake_score"] = load_transfer_net(net, topology, *starts[options.fake_score_init], again)
         optim["fake_score"] = config.optim_fake_score
     if options.gan_weight > 0:
         networks["discriminator"] = new_discriminator(net, config.head, topology, config.train.seed)
         optim["discriminator"] = config.optim_discriminator
-    if config.train.recompute == "full":
-        for network in networks.values():
-            recompute(network, Block)
     unconditional = unconditional_text(options.unconditional, config.negative_prompt, config.text, topology.device)
 
     # --- Method and loop ---
-    print(guidance_words(options.guidance))
-    method = DMD2(networks, config.diffusion, options, config.head, unconditional, config.train.seed)
+    published = config.parallel.reference_cp_scaling
+    if topology.rank == 0:
+        print(guidance_words(options.guidance))
+        if published:
+            print(f"as published at CP {published}: generator GAN gradient / {published}, VSD normalised per 1/{published} of a clip")
+    across = frame_sums(topology)
+    method = DMD2(networks, config.diffusion, options, config.head, unconditional, config.train.seed, across, published)
     rows = {
         "student 1-step": Denoiser(networks["student"], config.diffusion),
         "teacher 1-step": Denoiser(networks["teacher"], config.diffusion),

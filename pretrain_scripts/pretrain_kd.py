@@ -8,25 +8,21 @@ from cosmos_mp.config import KDRun
 from cosmos_mp.diffusion.edm import Denoiser
 from cosmos_mp.diffusion.samplers import answer_in_one_step
 from cosmos_mp.distill.kd import KD
-from cosmos_mp.models.block import Block
-from cosmos_mp.models.weights import fingerprint, named_weights
-from cosmos_mp.parallel.recompute import recompute
-from cosmos_mp.parallel.topology import single_process
-from cosmos_mp.roles import load_transfer_net
-from cosmos_mp.training.stage import open_held_out, open_store, train
+from cosmos_mp.models.weights import fingerprint
+from cosmos_mp.roles import load_transfer_net, read_weights
+from cosmos_mp.training.stage import meet, open_held_out, open_store, train
 
 
 def main(config: KDRun) -> int:
     # --- Data: opened before any network, so that a wrong path costs seconds ---
-    topology = single_process()
+    topology = meet(config)
     pairs, held_out = open_store(config.pairs, "pairs", config), open_held_out(config, topology)
 
     # --- Roles: the student starts as the teacher; a frozen teacher is needed for the pictures alone ---
-    student = load_transfer_net(config.net, topology, config.teacher, "teacher")
-    if pairs.reader.header.meta.get("teacher") != fingerprint(named_weights(student)):
+    student = load_transfer_net(config.net, topology, config.teacher, "teacher", config.train.recompute)
+    same = topology.on_first(lambda: pairs.reader.header.meta.get("teacher") == fingerprint(read_weights(config.teacher, "teacher")))
+    if not same and topology.rank == 0:
         print(f"note: the pairs of {config.pairs} are another teacher's than {config.teacher}, where the student starts")
-    if config.train.recompute == "full":
-        recompute(student, Block)
     answering = {"student 1-step": Denoiser(student, config.diffusion)}
     if held_out is not None:
         teacher = load_transfer_net(config.net, topology, config.teacher, "teacher").requires_grad_(False)

@@ -8,25 +8,20 @@ from cosmos_mp.config import TeacherRun
 from cosmos_mp.diffusion.edm import Denoiser
 from cosmos_mp.diffusion.samplers import answer_in_one_step
 from cosmos_mp.distill.teacher import TeacherPretraining
-from cosmos_mp.models.block import Block
-from cosmos_mp.parallel.recompute import recompute
-from cosmos_mp.parallel.topology import single_process
 from cosmos_mp.roles import load_transfer_net, new_transfer_net
-from cosmos_mp.training.stage import open_held_out, open_store, train
+from cosmos_mp.training.stage import meet, open_held_out, open_store, train
 
 
 def main(config: TeacherRun) -> int:
     # --- Data: opened before any network, so that a wrong path costs seconds ---
-    topology = single_process()
+    topology = meet(config)
     clips, held_out = open_store(config.clips, "clips", config), open_held_out(config, topology)
 
     # --- Role ---
     if config.init:
-        teacher = load_transfer_net(config.net, topology, config.init, "teacher")
+        teacher = load_transfer_net(config.net, topology, config.init, "teacher", config.train.recompute)
     else:
-        teacher = new_transfer_net(config.net, topology, config.train.seed)
-    if config.train.recompute == "full":
-        recompute(teacher, Block)
+        teacher = new_transfer_net(config.net, topology, config.train.seed, config.train.recompute)
 
     # --- Method and loop ---
     method = TeacherPretraining(teacher, config.diffusion, config.loss, config.train.seed)

@@ -34,7 +34,7 @@ class LocalBackend:
         return _Column(inputs, outputs, bias=False, gather_output=False, **self._common())
 
     def row_linear(self, inputs: int, outputs: int) -> nn.Module:
-        return _Row(inputs, outputs, bias=False, input_is_parallel=True, skip_bias_add=False, **self._common())
+        return _Row(inputs, outputs, bias=False, input_is_parallel=True, skip_bias_add=True, **self._common())
 
     def attention(self, query_SBHD: Tensor, key_SBHD: Tensor, value_SBHD: Tensor) -> Tensor:
         length, batch, heads, size = query_SBHD.shape

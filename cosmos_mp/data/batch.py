@@ -22,6 +22,7 @@ class Batch:
         fps_B: frames per second of the clip.
         padding_mask_BHW: 1 where the pixel is padding, (B, 8H, 8W).
         noise_BCTHW: KD only: the unit-variance noise that the teacher started from.
+        part, parts: which of how many equal parts along T the latents hold; one rank of a context-parallel group has one of them.
     """
 
     position_B: Tensor
@@ -31,6 +32,8 @@ class Batch:
     fps_B: Tensor
     padding_mask_BHW: Tensor
     noise_BCTHW: Tensor | None = None
+    part: int = 0
+    parts: int = 1
 
     def __len__(self) -> int:
         return self.position_B.shape[0]
@@ -43,6 +46,20 @@ class Batch:
         """The same batch on another device."""
         return self._map(lambda value: value.to(device, non_blocking=True))
 
+    def cut(self, part: int, parts: int) -> Batch:
+        """Part `part` of `parts` along the latent frames of every sample.
+
+        Raises:
+            ValueError: the frames do not divide so, or the batch has been cut already.
+        """
+        frames = self.latent_BCTHW.shape[2]
+        if frames % parts or self.parts != 1:
+            raise ValueError(f"{frames} latent frames (part {self.part} of {self.parts}) cannot be cut into {parts} equal parts")
+        latents = {name: getattr(self, name) for name in ("latent_BCTHW", "control_BCTHW", "noise_BCTHW")}
+        cut = {name: None if x is None else x.chunk(parts, dim=2)[part].contiguous() for name, x in latents.items()}
+        return dataclasses.replace(self, **cut, part=part, parts=parts)
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(**{name: None if value is None else change(value) for name, value in values.items()})
+        tensors = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **tensors)

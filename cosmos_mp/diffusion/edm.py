@@ -102,14 +102,13 @@ class Denoiser:
             x = mask * noisy * bcast(rescale).to(x.dtype) + (1 - mask) * x
         batch, _, frames, height, width = x.shape
         flags = x.new_zeros(batch, 1, frames, height, width) if mask is None else mask.expand(-1, -1, -1, height, width)
-        dtype = next(self.network.parameters()).dtype
         call = NetInput(
-            x_BCTHW=(bcast(c_in) * x).to(dtype),
+            x_BCTHW=bcast(c_in) * x,
             timestep_B=c_noise,
-            text_BLD=condition.text_BLD.to(dtype),
-            control_BCTHW=None if condition.control_BCTHW is None else condition.control_BCTHW.to(dtype),
-            condition_mask_B1THW=flags.to(dtype),
-            padding_mask_BHW=condition.padding_mask_BHW.to(dtype),
+            text_BLD=condition.text_BLD,
+            control_BCTHW=condition.control_BCTHW,
+            condition_mask_B1THW=flags,
+            padding_mask_BHW=condition.padding_mask_BHW,
             fps_B=condition.fps_B,
         )
         output = self.network(call, control_weight=self.control_weight, feature_blocks=feature_blocks, tail=tail)

@@ -11,9 +11,17 @@ from cosmos_mp.diffusion.edm import Condition, Given
 from cosmos_mp.parallel import noise
 
 
-def first_frames(count_B: Tensor, frames: int) -> Tensor:
-    """Mask (B, T): 1 on the first `count` latent frames of each sample."""
-    return (torch.arange(frames, device=count_B.device) < count_B[:, None]).float()
+def first_frames(count_B: Tensor, frames: int, part: int = 0) -> Tensor:
+    """Mask (B, T): 1 on the first `count` latent frames of each sample; of the part of a cut clip, those that lie in it."""
+    return (torch.arange(part * frames, (part + 1) * frames, device=count_B.device) < count_B[:, None]).float()
+
+
+def unit_noise(batch: Batch, seed: int, purpose: str, iteration: int) -> Tensor:
+    """Standard normal numbers for the batch's latents. A cut batch gets its part of what the whole clips would get."""
+    latent, frames = batch.latent_BCTHW, batch.latent_BCTHW.shape[2]
+    channels, _, *size = latent.shape[1:]
+    whole = noise.normal((channels, frames * batch.parts, *size), seed, purpose, iteration, batch.position_B)
+    return whole[:, :, batch.part * frames : (batch.part + 1) * frames].to(latent)
 
 
 def condition_of_clips(batch: Batch, given: Given | None = None) -> Condition:
@@ -27,6 +35,6 @@ def condition_of(batch: Batch, config: DiffusionConfig, seed: int, iteration: in
     if config.condition_frames > 0:
         latent = batch.latent_BCTHW
         count = noise.integers(0, config.condition_frames, seed, "condition_frames", iteration, batch.position_B)
-        drawn = noise.normal(latent.shape[1:], seed, "condition_noise", iteration, batch.position_B, like=latent)
-        given = Given(latent, first_frames(count, latent.shape[2]).to(latent), drawn)
+        drawn = unit_noise(batch, seed, "condition_noise", iteration)
+        given = Given(latent, first_frames(count, latent.shape[2], batch.part).to(latent), drawn)
     return condition_of_clips(batch, given)

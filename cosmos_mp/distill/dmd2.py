@@ -6,6 +6,7 @@ distribution, and the discriminator.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,9 +19,8 @@ from cosmos_mp.diffusion.edm import Condition, Denoised, Denoiser, bcast
 from cosmos_mp.diffusion.samplers import guide, one_step
 from cosmos_mp.diffusion.schedules import draw_dmd2_sigma
 from cosmos_mp.distill import losses
-from cosmos_mp.distill.conditioning import condition_of
+from cosmos_mp.distill.conditioning import condition_of, unit_noise
 from cosmos_mp.distill.method import StepOutput, Term
-from cosmos_mp.parallel import noise
 
 ADVERSARIAL_ROLES = ("fake_score", "discriminator")
 
@@ -66,6 +66,9 @@ class DMD2:
     Args:
         networks: by role; `fake_score` is absent under LADD, `discriminator` where the GAN weight is 0.
         unconditional_LD: text embedding of the unconditional branch: the negative prompt, or zeros.
+        across: adds a tensor up over the holders of a clip's parts, where clips are cut.
+        reference_cp: 0, or the context-parallel size N whose published behaviour is wanted: VSD normalised per N-th of a clip, and the
+            gradient of the generator's GAN term divided by N.
     """
 
     def __init__(
@@ -76,6 +79,8 @@ class DMD2:
         head: HeadConfig,
         unconditional_LD: Tensor,
         seed: int,
+        across: Callable[[Tensor], Tensor] | None = None,
+        reference_cp: int = 0,
     ):
         self.networks = networks
         self.student = Denoiser(networks["student"], diffusion)
@@ -84,6 +89,7 @@ class DMD2:
         self.discriminator = networks.get("discriminator")
         self.diffusion, self.config, self.feature_blocks = diffusion, config, head.feature_blocks
         self.unconditional_LD, self.seed = unconditional_LD, seed
+        self.across, self.reference_cp = across, reference_cp
 
     # --- Phases ---
 
@@ -104,22 +110,21 @@ class DMD2:
         if iteration < self.config.reconstruction_warmup:
             y = one_step(self.student, draws.epsilon, condition).x0
             return StepOutput({"reconstruction": Term((y - batch.latent_BCTHW).pow(2).mean())})
-        return self.student_step(batch.latent_BCTHW, draws, condition)[0]
+        return self.student_step(batch.latent_BCTHW, draws, condition, batch.parts)[0]
 
     def draw(self, batch: Batch, iteration: int) -> Draws:
         """The step's noises and levels, functions of (seed, iteration, sample)."""
-        latent = batch.latent_BCTHW
-
-        def normal(purpose: str) -> Tensor:
-            return noise.normal(latent.shape[1:], self.seed, purpose, iteration, batch.position_B, like=latent)
-
-        sigma = draw_dmd2_sigma(self.diffusion, self.seed, iteration, batch.position_B).to(latent)
-        return Draws(normal("epsilon"), normal("eps"), normal("eps_real"), sigma)
+        sigma = draw_dmd2_sigma(self.diffusion, self.seed, iteration, batch.position_B).to(batch.latent_BCTHW)
+        return Draws(*(unit_noise(batch, self.seed, purpose, iteration) for purpose in ("epsilon", "eps", "eps_real")), sigma)
 
     # --- Student ---
 
-    def student_step(self, real: Tensor, draws: Draws, condition: Condition) -> tuple[StepOutput, Scores]:
-        """VSD + gan_weight * GAN + reconstruction_weight * MSE to the real latent; gradient reaches the student alone."""
+    def student_step(self, real: Tensor, draws: Draws, condition: Condition, parts: int = 1) -> tuple[StepOutput, Scores]:
+        """VSD + gan_weight * GAN + reconstruction_weight * MSE to the real latent; gradient reaches the student alone.
+
+        Args:
+            parts: into how many parts along T the clips are cut; `real` holds one of them.
+        """
         config, sigma = self.config, draws.sigma_B
         y = one_step(self.student, draws.epsilon, condition).x0
         yt = y + bcast(sigma) * draws.eps
@@ -136,16 +141,24 @@ class DMD2:
                 with torch.no_grad():
                     unconditional = self.unconditional_LD.to(condition.text_BLD).expand_as(condition.text_BLD)
                     guided = guide(guided, self.teacher(yt, sigma, condition.with_text(unconditional)).x0, config.guidance)
-            terms["vsd"] = Term(losses.vsd_loss(y, guided, fake.x0.detach()))
-            metrics["vsd_weight"] = losses.vsd_weight(y.detach(), guided, sigma).mean()
+            scale = self._vsd_scale(y.detach(), guided, parts)
+            terms["vsd"] = Term(losses.vsd_loss(y, guided, fake.x0.detach(), scale))
+            metrics["vsd_weight"] = losses.vsd_weight(sigma, scale).mean()
         if judged:
             source = {"teacher": teacher, "fake_score": fake}[config.feature_role] or self._features(yt, sigma, condition)
             logits = self.discriminator(source.features)
-            terms["gan"] = Term(losses.gan_generator_loss(logits), config.gan_weight)
+            terms["gan"] = Term(losses.gan_generator_loss(logits), config.gan_weight / max(1, self.reference_cp))
         if config.reconstruction_weight > 0:
             terms["reconstruction"] = Term((y - real).pow(2).mean(), config.reconstruction_weight)
         metrics["student_std"] = y.detach().std()
         return StepOutput(terms, metrics), Scores(y, teacher, guided, fake, logits)
+
+    def _vsd_scale(self, y: Tensor, teacher_x0: Tensor, parts: int) -> Tensor:
+        """The normaliser over the whole clip, wherever its frames are; or, as published, over each N-th of it."""
+        if self.reference_cp:
+            return losses.vsd_scale(y, teacher_x0, chunks=self.reference_cp // parts)
+        scale = losses.vsd_scale(y, teacher_x0)
+        return scale if self.across is None else self.across(scale) / parts
 
     def _score(self, network: Denoiser, yt: Tensor, sigma: Tensor, condition: Condition, with_features: bool) -> Denoised:
         if with_features:
@@ -178,13 +191,17 @@ class DMD2:
                 real_t = real + bcast(sigma) * draws.eps_real
                 fake_features = self._features(yt, sigma, condition).features
                 real_features = self._features(real_t, sigma, condition).features
-            logits = Logits(self.discriminator(fake_features), self.discriminator(real_features))
+            judged = [fake_features, real_features]
+            if config.r1_weight > 0:
+                with torch.no_grad():
+                    judged.append(self._features(real_t + config.r1_sigma * draws.eps, sigma, condition).features)
+            # One call for all: its norms are per sample, and sharded weights are gathered and reduced once.
+            fake, real, *nudged = self.discriminator([torch.cat(features) for features in zip(*judged, strict=True)]).chunk(len(judged))
+            logits = Logits(fake, real)
             terms["discriminator"] = Term(losses.discriminator_loss(*logits))
             fake_logits, real_logits = (value.detach() for value in logits)
             metrics["discriminator_accuracy"] = losses.discriminator_accuracy(fake_logits, real_logits)
             metrics["fake_logit"], metrics["real_logit"] = fake_logits.mean(), real_logits.mean()
-            if config.r1_weight > 0:
-                with torch.no_grad():
-                    nudged = self._features(real_t + config.r1_sigma * draws.eps, sigma, condition).features
-                terms["r1"] = Term(losses.r1_penalty(logits.real, self.discriminator(nudged)), config.r1_weight)
+            if nudged:
+                terms["r1"] = Term(losses.r1_penalty(logits.real, nudged[0]), config.r1_weight)
         return StepOutput(terms, metrics), logits

@@ -10,7 +10,7 @@ from cosmos_mp.config import DiffusionConfig, TeacherLossConfig
 from cosmos_mp.data.batch import Batch
 from cosmos_mp.diffusion.edm import Denoiser, bcast
 from cosmos_mp.diffusion.schedules import draw_teacher_sigma
-from cosmos_mp.distill.conditioning import condition_of
+from cosmos_mp.distill.conditioning import condition_of, unit_noise
 from cosmos_mp.distill.losses import denoising_loss
 from cosmos_mp.distill.method import StepOutput, Term
 from cosmos_mp.models.transfer import TransferNet
@@ -32,7 +32,7 @@ class TeacherPretraining:
         """One denoising loss at a drawn noise level."""
         latent = batch.latent_BCTHW
         sigma = draw_teacher_sigma(self.loss, self.seed, iteration, batch.position_B).to(latent)
-        eps = noise.normal(latent.shape[1:], self.seed, "eps", iteration, batch.position_B, like=latent)
+        eps = unit_noise(batch, self.seed, "eps", iteration)
         condition = condition_of(batch, self.diffusion, self.seed, iteration)
         condition = replace(
             condition,

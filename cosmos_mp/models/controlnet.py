@@ -32,21 +32,21 @@ class ControlBranch(Trunk):
         """Residuals (S, B, D) for the base's first blocks.
 
         Args:
-            control_weight: strength of the control: a number, or a map (T, H/2, W/2) or (B, T, H/2, W/2) over the patches.
+            control_weight: strength of the control: a number, or a map (T, H/2, W/2) or (B, T, H/2, W/2) over the patches of the call.
         """
         h, shared_inputs = self.embed(call)
         weight = control_weight
         if isinstance(weight, Tensor):
             maps = weight if weight.dim() == 4 else weight[None]
             grid = (call.x_BCTHW.shape[2], *(size // PATCH for size in call.x_BCTHW.shape[3:]))
-            if maps.dim() != 4 or tuple(maps.shape[1:]) != grid or maps.shape[0] not in (1, h.shape[1]):
+            if maps.dim() != 4 or tuple(maps.shape[1:]) != grid or maps.shape[0] not in (1, call.x_BCTHW.shape[0]):
                 raise ValueError(f"control_weight {tuple(control_weight.shape)} must be a number or a map over the patches {grid}")
-            weight = maps.to(h).flatten(1).transpose(0, 1)[..., None]
+            weight = self.spread(maps.to(h).flatten(1).transpose(0, 1)[..., None])
         residuals = []
         for index, (block, zero) in enumerate(zip(self.blocks, self.zero, strict=True)):
             h = block(h, *shared_inputs)
             if index == 0:
-                h = h + self.control_tokens(call)
+                h = h + self.spread(self.control_tokens(call))
             residuals.append(zero(h) * weight)
         return residuals
 

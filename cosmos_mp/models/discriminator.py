@@ -2,23 +2,59 @@
 
 Layouts follow Cosmos-Transfer1's distillation heads: every head is a small convolutional network over (B, D, T, H, W) whose output is
 averaged over space and time.
+
+Where several processes hold a sample's frames, every one computes the outputs of its own: features are not brought together, only the
+sums of norms and logits are, by `across`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from cosmos_mp.config import HeadConfig
+from cosmos_mp.models.embeddings import at_least_fp32
 
 GROUPS = 8
 SLOPE = 0.01
 
 
-def _norm_act(channels: int) -> list[nn.Module]:
-    return [nn.GroupNorm(GROUPS, channels), nn.LeakyReLU(SLOPE)]
+Across = Callable[[Tensor], Tensor] | None
+"""Adds a tensor up over the holders of a sample's frames; None where one process holds them all."""
+
+
+def _norm_act(channels: int, norm: type[nn.GroupNorm] = nn.GroupNorm) -> list[nn.Module]:
+    return [norm(GROUPS, channels), nn.LeakyReLU(SLOPE)]
+
+
+def _mean(x: Tensor, across: Across) -> Tensor:
+    """(B, ...) -> (B,), the mean over everything else, in float32 or wider."""
+    values = x.flatten(1).to(at_least_fp32(x))
+    if across is None:
+        return values.mean(dim=1)
+    totals = across(torch.stack([values.sum(dim=1), torch.full_like(values[:, 0], values.shape[1])]))
+    return totals[0] / totals[1]
+
+
+class ClipNorm(nn.GroupNorm):
+    """GroupNorm over all frames of a sample, wherever they are."""
+
+    across: Across = None
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        if self.across is None:
+            return super().forward(x_BCTHW)
+        groups = x_BCTHW.reshape(x_BCTHW.shape[0], self.num_groups, -1).to(at_least_fp32(x_BCTHW))
+        count = groups.new_full((groups.shape[0], 1), groups.shape[2])
+        totals = self.across(torch.cat([groups.sum(dim=2), count], dim=1))
+        count = totals[:, -1:]
+        centred = groups - (totals[:, :-1] / count)[..., None]
+        variance = self.across(centred.pow(2).sum(dim=2)) / count  # of the centred values: nothing cancels
+        y = (centred * (variance + self.eps).rsqrt()[..., None]).view_as(x_BCTHW).to(x_BCTHW.dtype)
+        shape = (1, -1, *[1] * (x_BCTHW.dim() - 2))
+        return torch.addcmul(self.bias.view(shape), y, self.weight.view(shape))
 
 
 def _check_frames(x_BDTHW: Tensor, kind: str) -> None:
@@ -29,18 +65,22 @@ def _check_frames(x_BDTHW: Tensor, kind: str) -> None:
 class Conv3dHead(nn.Module):
     """Conv3d 2x4x4 stride 2 -> GroupNorm(8) -> LeakyReLU -> 1x1x1; kernel = stride along T, so frames pair up without overlap."""
 
+    across: Across = None
+
     def __init__(self, channels: int, hidden: int):
         super().__init__()
         first = nn.Conv3d(channels, hidden, (2, 4, 4), stride=2, padding=(0, 1, 1))
-        self.net = nn.Sequential(first, *_norm_act(hidden), nn.Conv3d(hidden, 1, 1))
+        self.net = nn.Sequential(first, *_norm_act(hidden, ClipNorm), nn.Conv3d(hidden, 1, 1))
 
     def forward(self, x_BDTHW: Tensor) -> Tensor:
         _check_frames(x_BDTHW, "conv3d")
-        return self.net(x_BDTHW).mean(dim=(1, 2, 3, 4))
+        return _mean(self.net(x_BDTHW), self.across)
 
 
 class Conv2dHead(nn.Module):
     """The same on each frame alone: Conv2d 4x4 stride 2."""
+
+    across: Across = None
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
@@ -49,7 +89,7 @@ class Conv2dHead(nn.Module):
     def forward(self, x_BDTHW: Tensor) -> Tensor:
         batch = x_BDTHW.shape[0]
         logits = self.net(x_BDTHW.transpose(1, 2).flatten(0, 1))
-        return logits.reshape(batch, -1).mean(dim=1)
+        return _mean(logits.reshape(batch, -1), self.across)
 
 
 class AttentionHead(nn.Module):
@@ -100,9 +140,13 @@ class Discriminator(nn.Module):
     def __init__(self, channels: int, config: HeadConfig):
         super().__init__()
         self.first_frame = config.first_frame
+        self.part = 0  # which of equal parts along T the features hold
         self.heads = nn.ModuleList(HEADS[config.kind](channels, config.hidden) for _ in config.feature_blocks)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Features (B, T, H/2, W/2, D), in the order of the feature blocks."""
-        channels_first = [feature[:, self.first_frame :].permute(0, 4, 1, 2, 3) for feature in features]
-        return torch.stack([head(x) for head, x in zip(self.heads, channels_first, strict=True)], dim=1)
+        """Features (B, T, H/2, W/2, D), in the order of the feature blocks; logits are float32 or wider."""
+        dtype = next(self.parameters()).dtype
+        first = max(0, self.first_frame - self.part * features[0].shape[1])
+        channels_first = [feature[:, first:].permute(0, 4, 1, 2, 3).to(dtype) for feature in features]
+        logits = torch.stack([head(x) for head, x in zip(self.heads, channels_first, strict=True)], dim=1)
+        return logits.to(at_least_fp32(logits))

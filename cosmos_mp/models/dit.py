@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -49,6 +49,12 @@ class NetInput:
     padding_mask_BHW: Tensor
     fps_B: Tensor
 
+    def to(self, dtype: torch.dtype) -> NetInput:
+        """The same call in another precision; time and frame rate stay as they are."""
+        names = ("x_BCTHW", "text_BLD", "condition_mask_B1THW", "padding_mask_BHW")
+        control = None if self.control_BCTHW is None else self.control_BCTHW.to(dtype)
+        return replace(self, control_BCTHW=control, **{name: getattr(self, name).to(dtype) for name in names})
+
 
 @dataclass(frozen=True)
 class NetOutput:
@@ -81,6 +87,10 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(h_SBD, shift, scale))
 
 
+def _as_is(tokens: Tensor) -> Tensor:
+    return tokens
+
+
 class Trunk(nn.Module):
     """Embedders and blocks, the part that the base and the control branch have in common (each has its own weights).
 
@@ -89,7 +99,15 @@ class Trunk(nn.Module):
         blocks: number of blocks.
         rope_ratio: extrapolation ratios (t, h, w) of the rotary embedding.
         backend: builds the layers that tensor parallelism splits.
+
+    Attributes:
+        part: which of equal parts along T the calls hold, 0 where they hold whole clips; frames are numbered accordingly.
+        spread, collect: what happens to tokens on the way into the blocks and out of them; nothing here.
     """
+
+    part: int = 0
+    spread = staticmethod(_as_is)
+    collect = staticmethod(_as_is)
 
     def __init__(self, net: NetConfig, blocks: int, rope_ratio: tuple[float, float, float], backend: Backend):
         super().__init__()
@@ -109,11 +127,20 @@ class Trunk(nn.Module):
         grid = (frames, height // PATCH, width // PATCH)
         # The angles follow the compute dtype upwards only: float64 networks get float64 angles, bf16 ones float32.
         fps = call.fps_B.to(torch.promote_types(call.x_BCTHW.dtype, torch.float32))
-        net = self.net
-        angles = rope_angles(*grid, net.head_dim, fps_B=fps, ratio=self.rope_ratio, theta=net.rope_theta, base_fps=net.base_fps)
+        net, first = self.net, self.part * frames
+        angles = rope_angles(
+            *grid,
+            net.head_dim,
+            fps_B=fps,
+            ratio=self.rope_ratio,
+            theta=net.rope_theta,
+            base_fps=net.base_fps,
+            first_frame=first,
+        )
         conditioning, shared = self.time(call.timestep_B)
         text = call.text_BLD.transpose(0, 1).contiguous()
-        return self.patch_embed(tokens), BlockInputs(self.position(*grid), rotation(angles), text, conditioning, shared)
+        position = self.spread(self.position(*grid, first))
+        return self.spread(self.patch_embed(tokens)), BlockInputs(position, rotation(angles), text, conditioning, shared)
 
 
 class BaseDiT(Trunk):
@@ -144,7 +171,7 @@ class BaseDiT(Trunk):
         for index, block in enumerate(self.blocks):
             h = block(h, *shared_inputs)
             if index in feature_blocks:
-                grid = h.reshape(frames, height // PATCH, width // PATCH, *h.shape[1:])
+                grid = self.collect(h).reshape(frames, height // PATCH, width // PATCH, *h.shape[1:])
                 features.append(grid.permute(3, 0, 1, 2, 4))
                 if len(features) == len(feature_blocks) and tail != "full":
                     if tail == "none":
@@ -152,5 +179,5 @@ class BaseDiT(Trunk):
                     h, residuals = h.detach(), [residual.detach() for residual in residuals]
             if index < len(residuals):
                 h = h + residuals[index]
-        out = self.final(h, shared_inputs.conditioning_BD, shared_inputs.shared_B3D)
+        out = self.collect(self.final(h, shared_inputs.conditioning_BD, shared_inputs.shared_B3D))
         return NetOutput(unpatchify(out, frames, height, width), tuple(features))

@@ -67,18 +67,27 @@ class TimeEmbedding(nn.Module):
 
 
 def rope_angles(
-    frames: int, height: int, width: int, head_dim: int, *, fps_B: Tensor, ratio: tuple[float, float, float], theta: float, base_fps: float
+    frames: int,
+    height: int,
+    width: int,
+    head_dim: int,
+    *,
+    fps_B: Tensor,
+    ratio: tuple[float, float, float],
+    theta: float,
+    base_fps: float,
+    first_frame: int = 0,
 ) -> Tensor:
     """Rotary angles of a patched grid, (S, B, head_dim), layout [t, h, w] twice.
 
     h and w take head_dim // 6 * 2 entries each, t the rest; theta grows by ratio^(d / (d - 2)) per axis (NTK). Time runs in units of
-    1 / base_fps seconds, so that clips of different rates share one clock.
+    1 / base_fps seconds, so that clips of different rates share one clock. The grid starts at `first_frame` of its clip.
     """
     dtype = at_least_fp32(fps_B)
     spatial = head_dim // 6 * 2
     sizes = (head_dim - 2 * spatial, spatial, spatial)
     batch = fps_B.shape[0]
-    clock = torch.arange(frames, dtype=dtype, device=fps_B.device)[:, None] * (base_fps / fps_B.to(dtype))
+    clock = torch.arange(first_frame, first_frame + frames, dtype=dtype, device=fps_B.device)[:, None] * (base_fps / fps_B.to(dtype))
     rows = torch.arange(height, dtype=dtype, device=fps_B.device)[:, None].expand(-1, batch)
     columns = torch.arange(width, dtype=dtype, device=fps_B.device)[:, None].expand(-1, batch)
     parts = []
@@ -121,16 +130,16 @@ class LearnedPosition(nn.Module):
         self.h = nn.Parameter(torch.empty(height, hidden))
         self.w = nn.Parameter(torch.empty(width, hidden))
 
-    def forward(self, frames: int, height: int, width: int) -> Tensor:
-        """Patched sizes -> (S, 1, D).
+    def forward(self, frames: int, height: int, width: int, first_frame: int = 0) -> Tensor:
+        """Patched sizes -> (S, 1, D), for a grid that starts at `first_frame` of its clip.
 
         Raises:
             ValueError: the grid is larger than the tables.
         """
-        for name, size, table in (("T", frames, self.t), ("H", height, self.h), ("W", width, self.w)):
+        for name, size, table in (("T", first_frame + frames, self.t), ("H", height, self.h), ("W", width, self.w)):
             if size > table.shape[0]:
                 raise ValueError(f"patched latent {name}={size} exceeds the position table's {table.shape[0]}: raise net.max_latent")
-        e = self.t[:frames, None, None] + self.h[None, :height, None] + self.w[None, None, :width]
+        e = self.t[first_frame : first_frame + frames, None, None] + self.h[None, :height, None] + self.w[None, None, :width]
         e = e.to(at_least_fp32(e))
         e = e / (EPS + e.pow(2).mean(dim=-1, keepdim=True).sqrt())
         return e.reshape(-1, 1, e.shape[-1]).to(self.t.dtype)

@@ -28,6 +28,7 @@ class TransferNet(nn.Module):
         feature_blocks: Sequence[int] = (),
         tail: Tail = "full",
     ) -> NetOutput:
-        """Network output, with the control's residuals where the call carries a control latent."""
+        """Network output, with the control's residuals where the call carries a control latent; computed in the weights' dtype."""
+        call = call.to(self.base.patch_embed.weight.dtype)
         residuals = self.control(call, control_weight) if call.control_BCTHW is not None else ()
         return self.base(call, residuals, feature_blocks=feature_blocks, tail=tail)

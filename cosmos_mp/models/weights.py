@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +33,39 @@ def named_weights(network: nn.Module) -> dict[str, Tensor]:
     return {**buffers, **dict(network.named_parameters())}
 
 
+class Part(Protocol):
+    """What a rank holds of a weight of `shape`: `parameter`, which is that part `of` the whole."""
+
+    shape: torch.Size
+    parameter: Tensor
+
+    def of(self, whole: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class _Whole:
+    parameter: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.parameter.shape
+
+    def of(self, whole: Tensor) -> Tensor:
+        return whole
+
+
+def _own(network: nn.Module | Mapping[str, Part]) -> Mapping[str, Part]:
+    return network if isinstance(network, Mapping) else {name: _Whole(value) for name, value in named_weights(network).items()}
+
+
 @torch.no_grad()
-def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights into a network, all of them and nothing else.
+def load_weights(network: nn.Module | Mapping[str, Part], weights: Mapping[str, Tensor], source: str) -> None:
+    """Copy weights into a network, or into what this rank holds of one: all of them and nothing else.
 
     Raises:
         WeightError: a tensor is missing, unexpected or of another shape; nothing has been copied then.
     """
-    own = named_weights(network)
+    own = _own(network)
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [
         f"{name} is {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
@@ -52,38 +79,41 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str)
     ]
     if complaints:
         raise WeightError(f"{source} does not fit the network ({'; '.join(complaints)}); check the file and the net.* options")
-    for name, value in own.items():
-        value.copy_(weights[name])
+    for name, part in own.items():
+        part.parameter.copy_(part.of(weights[name]))
 
 
 @torch.no_grad()
-def initialize(network: nn.Module, seed: int) -> None:
-    """First values: Xavier-uniform matrices, ones for norms, zeros where the reference starts from zero.
+def initialize(network: nn.Module | Mapping[str, Part], seed: int) -> None:
+    """First values of a network, or of what this rank holds of one; the same for every layout.
 
-    Zero are biases, the up-projections of the modulations (so every block starts as the identity), the control branch's outgoing
-    linears and the last layer of its control MLP. Every tensor draws from a generator keyed by its name.
+    Xavier-uniform matrices, ones for norms. Zero, as in the reference, are biases, the up-projections of the modulations (so every block
+    starts as the identity), the control branch's outgoing linears and the last layer of its control MLP. Every tensor draws from a
+    generator keyed by its name.
     """
-    last_of_mlp = {f"{name}.{len(m) - 1}.weight" for name, m in network.named_modules() if name.endswith("control_mlp")}
-    for name, value in named_weights(network).items():
-        draw = generator(seed, "weights/" + name, 0, 0)
+    own = _own(network)
+    mlp = [name for name in own if "control_mlp." in name and name.endswith(".weight")]
+    last_of_mlp = max(mlp, key=lambda name: int(name.split(".")[-2]), default=None)
+    for name, part in own.items():
+        draw, shape = generator(seed, "weights/" + name, 0, 0), part.shape
         zero = name.endswith(("bias", "_mod.up.weight", ".mod.up.weight", "time.linear_2.weight")) or ".zero." in name
-        if zero or name in last_of_mlp:
-            value.zero_()
-        elif value.dim() == 1:
-            value.fill_(1.0)
+        if zero or name == last_of_mlp:
+            part.parameter.zero_()
+        elif len(shape) == 1:
+            part.parameter.fill_(1.0)
         elif name.split(".")[-2] == "position":
-            value.copy_(torch.randn(value.shape, generator=draw) * 0.02)
+            part.parameter.copy_(part.of(torch.randn(shape, generator=draw)) * 0.02)
         else:
-            fan_out, fan_in = value.shape[0], value[0].numel()
-            bound = (6.0 / (fan_in + fan_out * value[0, 0].numel())) ** 0.5
-            value.copy_((torch.rand(value.shape, generator=draw) * 2 - 1) * bound)
+            fan_out, fan_in = shape[0], math.prod(shape[1:])
+            bound = (6.0 / (fan_in + fan_out * math.prod(shape[2:]))) ** 0.5
+            part.parameter.copy_((part.of(torch.rand(shape, generator=draw)) * 2 - 1) * bound)
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and values: tells whether two files hold the same network."""
+    """SHA-256 over names, shapes and float32 values: tells whether two files hold the same network, in whatever type."""
     digest = hashlib.sha256()
     for name in sorted(weights):
-        value = weights[name].detach().cpu().contiguous()
+        value = weights[name].detach().float().cpu().contiguous()
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
     return digest.hexdigest()

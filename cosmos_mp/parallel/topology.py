@@ -3,26 +3,67 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from cosmos_mp.config import ParallelConfig
+from cosmos_mp.parallel.layout import check_world
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Place of this process in the run.
+    """Place of this process in the run. Ranks run over tp fastest, then cp, then dp.
 
     Attributes:
         rank, world: this process among all.
         device: where its networks live.
-        tp_group: tensor-parallel group; the linear layers are built on it.
+        tp_group: tensor-parallel ranks, which split matrices.
+        cp_group: context-parallel ranks, which split clips along their latent frames.
+        dp_group: data-parallel ranks, which see different samples.
+        dp_cp_group: dp and cp together: the ranks over which gradients are averaged.
+        mesh: the world as (replicate, shard, tp); FSDP shards over the middle one. None in a process that works for itself alone and
+            whose networks are whole.
+        options: what the run asks of its layout.
     """
 
     rank: int
     world: int
     device: torch.device
     tp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
+    mesh: DeviceMesh | None = None
+    options: ParallelConfig = ParallelConfig()
+
+    @property
+    def fsdp_mesh(self) -> DeviceMesh:
+        """One dimension for full sharding. Two would mean HSDP to `fully_shard`, so they are given for that alone."""
+        return self.mesh["shard"] if self.mesh.shape[0] == 1 else self.mesh["replicate", "shard"]
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Let rank 0 do something; every rank gets its result, or its error."""
+        box: list[tuple[T | None, Exception | None]] = [(None, None)]
+        if self.rank == 0 or self.mesh is None:
+            try:
+                box = [(work(), None)]
+            except Exception as error:
+                box = [(None, error)]
+        if self.mesh is not None and self.world > 1:
+            dist.broadcast_object_list(box, src=0)
+        value, error = box[0]
+        if error is not None:
+            raise error
+        return value
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -34,13 +75,67 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def single_process() -> Topology:
-    """Groups of size one for this process alone, however many run beside it. Safe to call again."""
-    from megatron.core import parallel_state
-
+    """Groups of size one for this process alone, however many run beside it. Safe to call again, and beside `join`."""
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    if not parallel_state.is_initialized():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=1, create_gloo_process_groups=False)
     rank, world = rank_and_world()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    return Topology(rank, world, device, parallel_state.get_tensor_model_parallel_group())
+    group = _alone(dist.group.WORLD)
+    return Topology(rank, world, _device(), group, group, group, group)
+
+
+@cache
+def _alone(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    return dist.new_group([dist.get_rank()], use_local_synchronization=True)
+
+
+def join(options: ParallelConfig) -> Topology:
+    """Meet the other processes of the run, which torchrun or Slurm started with MASTER_ADDR and MASTER_PORT. Safe to call again.
+
+    Raises:
+        ConfigError: tp and cp do not divide the number of processes; the message names what fits.
+    """
+    rank, world = rank_and_world()
+    check_world(options, world)
+    device = _device()
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if world == 1:  # a store of its own: nobody else needs a port
+            dist.init_process_group("gloo" if device.type == "cpu" else backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            timeout = timedelta(seconds=options.timeout)
+            dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=timeout)
+    from megatron.core import parallel_state
+
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=options.tp,
+            context_parallel_size=options.cp,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=options.timeout / 60,
+        )
+    tp_group, cp_group = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_context_parallel_group()
+    dp_group, dp_cp_group = (parallel_state.get_data_parallel_group(with_context_parallel=both) for both in (False, True))
+    mesh = _mesh(device, options, dp_cp_group, tp_group)
+    return Topology(rank, world, device, tp_group, cp_group, dp_group, dp_cp_group, mesh, options)
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _mesh(device: torch.device, options: ParallelConfig, dp_cp_group: dist.ProcessGroup, tp_group: dist.ProcessGroup) -> DeviceMesh:
+    """Megatron's groups as one mesh. Megatron has none for shards of dp x cp that do not divide its experts: those are made here."""
+    shards = options.shard or dp_cp_group.size()
+    ranks = torch.arange(dist.get_world_size()).view(-1, shards, options.tp)
+
+    def groups_along(dimension: int, name: str) -> dist.ProcessGroup:
+        rows = ranks.movedim(dimension, -1).flatten(0, 1).tolist()
+        return dist.new_subgroups_by_enumeration(rows, timeout=timedelta(seconds=options.timeout), group_desc=name)[0]
+
+    shard_group = dp_cp_group if shards == dp_cp_group.size() else groups_along(1, "SHARD")
+    groups = [groups_along(0, "REPLICATE"), shard_group, tp_group]
+    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=("replicate", "shard", "tp"))

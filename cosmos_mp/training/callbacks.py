@@ -191,7 +191,8 @@ class TensorBoard(Callback):
 class Pictures(Callback):
     """`pictures/iter_<N>.png` every `every` iterations (0 = never) and after the last; with an average, the averaged network draws.
 
-    `render(iteration)` gives one entry per held-out sample: row label -> video (F, H, W, 3) uint8. It is called without gradients.
+    `render(iteration)` gives one entry per held-out sample: row label -> video (F, H, W, 3) uint8. It is called without gradients, on every
+    rank; where it gives nothing, nothing is written.
     """
 
     render: Callable[[int], list[Rows]]
@@ -205,5 +206,6 @@ class Pictures(Callback):
         if _due(event.iteration, self.every, self._state.iterations):
             with torch.no_grad(), self._state.ema.applied() if self._state.ema else nullcontext():
                 samples = self.render(event.iteration + 1)
-            grid = stack([picture_grid(rows) for rows in samples])
-            write_png(self._state.run_dir / "pictures" / f"iter_{event.iteration + 1:08d}.png", grid)
+            if samples:
+                grid = stack([picture_grid(rows) for rows in samples])
+                write_png(self._state.run_dir / "pictures" / f"iter_{event.iteration + 1:08d}.png", grid)

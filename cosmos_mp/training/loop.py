@@ -1,4 +1,4 @@
-"""The training loop: micro-batches -> backward -> clip and step per role -> callbacks and checkpoint.
+"""The training loop: micro-batches -> backward -> reduce once -> clip and step per role -> callbacks and checkpoint.
 
 It knows neither networks nor losses. Everything random lies in the method and is keyed by (seed, iteration, sample), so the state of a run
 is its trained parameters, optimizers, average and a few counters.
@@ -18,14 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cosmos_mp.config import EMAConfig, OptimConfig, TrainConfig
+from cosmos_mp.config import ConfigError, EMAConfig, OptimConfig, TrainConfig
 from cosmos_mp.data.batch import Batch
-from cosmos_mp.distill.method import Method
+from cosmos_mp.distill.method import Method, StepOutput
+from cosmos_mp.parallel.fsdp import synchronise
+from cosmos_mp.parallel.pieces import Pieces, agree
+from cosmos_mp.parallel.topology import Topology, single_process
 from cosmos_mp.training import checkpoint
 from cosmos_mp.training.ema import EMA
-from cosmos_mp.training.optim import build_optimizer, clip_by_norm, learning_rate
+from cosmos_mp.training.optim import build_optimizer, clip, learning_rate
 
 if TYPE_CHECKING:
     from cosmos_mp.training.callbacks import Callback
@@ -74,7 +77,7 @@ class State:
     """What a run is made of, and what a checkpoint holds.
 
     Attributes:
-        networks: the trained ones, by role.
+        networks: what this rank holds of the trained ones, by role.
         optimizers: one per trained role.
         ema: average of `ema_role`, or None.
         iterations: length of the run; `iteration` is the next one to run.
@@ -82,7 +85,7 @@ class State:
         skipped_in_row: iterations skipped since the last step.
     """
 
-    networks: dict[str, nn.Module]
+    networks: dict[str, Pieces]
     optimizers: dict[str, torch.optim.Optimizer]
     ema: EMA | None
     ema_role: str
@@ -95,23 +98,24 @@ class State:
     def tensors(self) -> dict[str, Tensor]:
         """Everything by its name in the checkpoint; parameters and optimizer state are the live ones, counters are copies."""
         table: dict[str, Tensor] = {}
-        for role, network in self.networks.items():
-            for name, parameter in network.named_parameters():
-                table[f"model/{role}/{name}"] = parameter.detach()
-                for key, value in self.optimizers[role].state[parameter].items():
-                    table[f"optim/{role}/{name}/{key}"] = value
+        for role, pieces in self.networks.items():
+            for name, piece in pieces.items():
+                table[f"model/{role}/{name}"] = pieces.as_stored(name, piece.parameter.detach())
+                for key, value in self.optimizers[role].state[piece.parameter].items():
+                    table[f"optim/{role}/{name}/{key}"] = pieces.as_stored(name, value)
             table[f"counters/steps/{role}"] = torch.tensor(self.steps[role])
         if self.ema is not None:
-            table |= {f"model/{self.ema_role}_ema/{name}": value for name, value in self.ema.averages.items()}
+            pieces = self.networks[self.ema_role]
+            table |= {f"model/{self.ema_role}_ema/{name}": pieces.as_stored(name, value) for name, value in self.ema.averages.items()}
             table["counters/ema_updates"] = torch.tensor(self.ema.updates)
         table["counters/iteration"] = torch.tensor(self.iteration)
         table["counters/skipped_in_row"] = torch.tensor(self.skipped_in_row)
         return table
 
-    def load(self, path: Path) -> None:
-        """Go on from a checkpoint; see `checkpoint.load` for what is refused."""
+    def load(self, path: Path, topology: Topology) -> None:
+        """Go on from a checkpoint, of whatever layout; see `checkpoint.load` for what is refused."""
         table = self.tensors()
-        checkpoint.load(path, table)
+        checkpoint.load(path, table, topology)
         self.steps = Counter({role: table[f"counters/steps/{role}"].item() for role in self.networks})
         if self.ema is not None:
             self.ema.updates = table["counters/ema_updates"].item()
@@ -138,7 +142,7 @@ def fit(
     *,
     settings: Mapping[str, Any],
     ema_role: str = "student",
-    device: torch.device | str = "cpu",
+    topology: Topology | None = None,
 ) -> Result:
     """Train from the newest good checkpoint of `run_dir`, or from the networks as they are, to `config.iterations`.
 
@@ -149,23 +153,25 @@ def fit(
         run_dir: takes config.json, checkpoints and what the callbacks write.
         settings: the resolved configuration (`options.to_dict`); a resumed run must have the same.
         ema_role: the role whose average is kept where `ema.decay` > 0.
-        device: where micro-batches go.
+        topology: the ranks that train together, over which the networks have been laid out; this process alone if not given. All call.
 
     Raises:
-        ValueError: `optim` or `ema_role` do not fit the method.
+        ValueError: `optim` or `ema_role` do not fit the method, or the batch does not divide over the ranks.
         CheckpointError: the folder holds another run, or no checkpoint in it is usable.
         NonFiniteError: `config.max_nonfinite` steps in a row were skipped; the checkpoints before stand.
         CheckpointWriteError: a checkpoint could not be written.
     """
+    topology = topology or single_process()
     own_steps = _count_steps(method, config.iterations, optim)
-    checkpoint.open_run(run_dir, settings)
-    state = _start(method, config, optim, ema, ema_role, Path(run_dir))
-    parameters = {role: list(network.parameters()) for role, network in state.networks.items()}
+    accumulation = micro_batches(config, topology.dp_group.size())
+    checkpoint.open_run(run_dir, settings, topology)
+    state = _start(method, config, optim, ema, ema_role, Path(run_dir), topology)
+    saver = checkpoint.Saver(state.run_dir, settings, config.keep_last, topology, asynchronous=config.async_save)
 
-    def save() -> None:
-        path = checkpoint.save(state.run_dir, state.iteration, state.tensors(), settings, config.keep_last)
-        for callback in callbacks:
-            callback.on_checkpoint(path)
+    def tell_saved() -> None:
+        for path in saver.finished():
+            for callback in callbacks:
+                callback.on_checkpoint(path)
 
     try:
         with _stop_signals() as signals:
@@ -179,37 +185,38 @@ def fit(
                 roles = method.trained(iteration)
                 for role, network in method.networks.items():
                     network.requires_grad_(role in roles)
-                terms, metrics, weights = _Mean(config.accumulation), _Mean(config.accumulation), {}
-                for micro_batch in range(config.accumulation):
-                    position = iteration * config.global_batch_size + micro_batch * config.micro_batch_size
-                    output = method.step(data.batch(position, config.micro_batch_size).to(device), iteration)
-                    weights = {name: term.weight for name, term in output.terms.items()}
-                    (sum(term.weight * term.value for term in output.terms.values()) / config.accumulation).backward()
-                    terms.add({name: term.value for name, term in output.terms.items()})
-                    metrics.add(output.metrics)
-                values = terms.items()
-                values["total"] = sum(weights[name] * value for name, value in values.items())
+                sums = _Sums()
+                for micro_batch in range(accumulation):
+                    for role in roles:
+                        synchronise(method.networks[role], micro_batch == accumulation - 1, topology)
+                    position = _position(iteration, micro_batch, config, topology)
+                    output = method.step(_batch(data, position, config.micro_batch_size, topology), iteration)
+                    (sum(term.weight * term.value for term in output.terms.values()) / accumulation).backward()
+                    sums.add(output)
+                for role in roles:
+                    state.networks[role].take_gradients()
 
-                # --- Step: all trained roles, or none if anything is not finite ---
-                norms = {role: clip_by_norm(parameters[role], optim[role].clip_norm).item() for role in roles}
+                # --- Step: all trained roles, or none if anything is not finite; decided on what all ranks have seen ---
+                report = _report(sums, accumulation, {role: state.networks[role].square_norm() for role in roles}, topology)
                 rates = {role: learning_rate(optim[role], state.steps[role], own_steps[role]) for role in roles}
-                skipped = _not_finite(values, norms, roles, iteration)
+                skipped = report.trouble(roles, iteration)
                 if skipped is None:
                     for role in roles:
+                        clip(state.optimizers[role], report.norms[role], optim[role].clip_norm)
                         state.optimizers[role].param_groups[0]["lr"] = rates[role]
                         state.optimizers[role].step()
                         state.steps[role] += 1
                     if state.ema is not None and ema_role in roles:
                         state.ema.update()
-                for network in method.networks.values():
-                    network.zero_grad(set_to_none=True)
+                for role in roles:
+                    state.networks[role].drop_gradients()
                 state.skipped_in_row = 0 if skipped is None else state.skipped_in_row + 1
                 state.iteration += 1
 
                 # --- Tell, stop, save ---
                 seconds = time.perf_counter() - began
                 speed = config.global_batch_size / seconds
-                event = Event(iteration, tuple(roles), values, metrics.items(), norms, rates, speed, seconds, skipped)
+                event = Event(iteration, tuple(roles), report.terms, report.metrics, report.norms, rates, speed, seconds, skipped)
                 for callback in callbacks:
                     callback.on_iteration(event)
                 if skipped is not None and state.skipped_in_row >= config.max_nonfinite:
@@ -218,16 +225,20 @@ def fit(
                         "lower the learning rate or look at the data; the last checkpoint is from before"
                     )
                 if state.iteration % config.save_every == 0:
-                    save()
+                    saver.save(state.iteration, state.tensors())
                     saved = state.iteration
+                tell_saved()
             if state.iteration > saved:
-                save()
+                saver.save(state.iteration, state.tensors())
+            saver.wait()
+            tell_saved()
             return Result(state.iteration, interrupted=state.iteration < config.iterations)
     except BaseException as exc:
         for callback in callbacks:
             callback.on_error(exc)
         raise
     finally:
+        saver.close()
         for callback in callbacks:
             callback.close()
 
@@ -243,43 +254,101 @@ def _count_steps(method: Method, iterations: int, optim: Mapping[str, OptimConfi
     return steps
 
 
-def _start(method: Method, config: TrainConfig, optim: Mapping[str, OptimConfig], ema: EMAConfig, ema_role: str, run_dir: Path) -> State:
+def micro_batches(config: TrainConfig, dp: int) -> int:
+    """Micro-batches of one rank per iteration.
+
+    Raises:
+        ConfigError: the global batch does not divide so.
+    """
+    per_round = config.micro_batch_size * dp
+    if config.global_batch_size % per_round:
+        raise ConfigError(
+            f"train.global_batch_size={config.global_batch_size} is no multiple of train.micro_batch_size={config.micro_batch_size} "
+            f"x {dp} data-parallel ranks = {per_round}"
+        )
+    return config.global_batch_size // per_round
+
+
+def _position(iteration: int, micro_batch: int, config: TrainConfig, topology: Topology) -> int:
+    """Where this rank's micro-batch begins in the training order: data-parallel ranks take turns, tp and cp ranks share."""
+    turn = micro_batch * topology.dp_group.size() + topology.dp_group.rank()
+    return iteration * config.global_batch_size + turn * config.micro_batch_size
+
+
+def _batch(data: Data, position: int, size: int, topology: Topology) -> Batch:
+    cp = topology.cp_group
+    batch = data.batch(position, size)
+    return (batch if cp.size() == 1 else batch.cut(cp.rank(), cp.size())).to(topology.device)
+
+
+def _start(
+    method: Method,
+    config: TrainConfig,
+    optim: Mapping[str, OptimConfig],
+    ema: EMAConfig,
+    ema_role: str,
+    run_dir: Path,
+    topology: Topology,
+) -> State:
     if ema.decay > 0 and ema_role not in optim:
         raise ValueError(f"ema.decay={ema.decay} asks for an average of {ema_role!r}, which is not trained here; set ema.decay to 0")
-    networks = {role: method.networks[role] for role in optim}
-    optimizers = {role: build_optimizer(network.parameters(), optim[role]) for role, network in networks.items()}
-    average = EMA(networks[ema_role], ema.decay) if ema.decay > 0 else None
+    networks = {role: Pieces(method.networks[role], topology) for role in optim}
+    parameters = {role: {name: piece.parameter for name, piece in pieces.items()} for role, pieces in networks.items()}
+    optimizers = {role: build_optimizer(own.values(), optim[role]) for role, own in parameters.items()}
+    average = EMA(parameters[ema_role], ema.decay) if ema.decay > 0 else None
     state = State(networks, optimizers, average, ema_role, run_dir, config.iterations)
-    newest = checkpoint.latest(run_dir)
+    newest = checkpoint.latest(run_dir, topology)
     if newest is not None:
-        state.load(newest)
+        state.load(newest, topology)
     return state
 
 
-def _not_finite(terms: Mapping[str, float], norms: Mapping[str, float], roles: Sequence[str], iteration: int) -> str | None:
-    for name, value in terms.items():
-        if not math.isfinite(value):
-            return f"loss term {name!r} of {'+'.join(roles)} is {value} at iteration {iteration}"
-    for role, norm in norms.items():
-        if not math.isfinite(norm):
-            return f"gradient norm of {role} is {norm} at iteration {iteration}"
-    return None
+class _Sums:
+    """Sums of named scalars over the micro-batches, kept on their device until read once."""
+
+    def __init__(self) -> None:
+        self.terms: dict[str, Tensor] = {}
+        self.metrics: dict[str, Tensor] = {}
+        self.weights: dict[str, float] = {}
+
+    def add(self, output: StepOutput) -> None:
+        self.weights = {name: term.weight for name, term in output.terms.items()}
+        for sums, values in ((self.terms, {name: term.value for name, term in output.terms.items()}), (self.metrics, output.metrics)):
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double()
 
 
-class _Mean:
-    """Means of named scalars over the micro-batches, kept on their device until read once."""
+@dataclass(frozen=True)
+class _Report:
+    """One iteration as every rank knows it: means over all ranks, gradient norms per role, and each rank's own numbers."""
 
-    def __init__(self, count: int):
-        self.count = count
-        self.sums: dict[str, Tensor] = {}
+    terms: dict[str, float]
+    metrics: dict[str, float]
+    norms: dict[str, float]
+    terms_by_rank: dict[str, list[float]]
+    squares_by_rank: dict[str, list[float]]
 
-    def add(self, scalars: Mapping[str, Tensor]) -> None:
-        for name, value in scalars.items():
-            value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+    def trouble(self, roles: Sequence[str], iteration: int) -> str | None:
+        """The first loss term or gradient that is not finite, with its role, iteration and rank."""
+        named = {f"loss term {name!r} of {'+'.join(roles)}": values for name, values in self.terms_by_rank.items()}
+        named |= {f"gradient norm of {role}": values for role, values in self.squares_by_rank.items()}
+        for what, values in named.items():
+            for rank, value in enumerate(values):
+                if not math.isfinite(value):
+                    where = f"at iteration {iteration}" + (f" on rank {rank}" if len(values) > 1 else "")
+                    return f"{what} is {value} {where}"
+        return None
 
-    def items(self) -> dict[str, float]:
-        return {name: value.item() / self.count for name, value in self.sums.items()}
+
+def _report(sums: _Sums, accumulation: int, squares: Mapping[str, Tensor], topology: Topology) -> _Report:
+    mine = [*(value / accumulation for value in (*sums.terms.values(), *sums.metrics.values())), *squares.values()]
+    columns = iter(agree(mine, topology).T.tolist())
+    by_term, by_metric, by_role = ({name: next(columns) for name in names} for names in (sums.terms, sums.metrics, squares))
+    terms = {name: sum(column) / len(column) for name, column in by_term.items()}
+    terms["total"] = sum(sums.weights[name] * value for name, value in terms.items())
+    metrics = {name: sum(column) / len(column) for name, column in by_metric.items()}
+    norms = {role: math.sqrt(sum(column)) for role, column in by_role.items()}
+    return _Report(terms, metrics, norms, by_term, by_role)
 
 
 @contextmanager

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cosmos_mp.config import OptimConfig
 
@@ -51,21 +51,8 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     return config.lr * factor
 
 
-@torch.no_grad()
-def clip_by_norm(parameters: Sequence[nn.Parameter], clip_norm: float) -> Tensor:
-    """L2 norm over the gradients of all parameters, before clipping; a missing gradient counts as zero.
-
-    The norm is computed in float32 or wider. Where it exceeds `clip_norm` > 0, every gradient is scaled by clip_norm / (norm + 1e-6).
-
-    Returns:
-        A scalar, float32 or float64.
-    """
-    norms = [_norm(p.grad) for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-    if clip_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
-    return norm
-
-
-def _norm(gradient: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+def clip(optimizer: torch.optim.Optimizer, norm: float, clip_norm: float) -> None:
+    """Scale every gradient by clip_norm / (norm + 1e-6) where the norm over all of them, on all ranks, exceeds clip_norm > 0."""
+    if clip_norm > 0 and norm > clip_norm:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(gradients, clip_norm / (norm + 1e-6))

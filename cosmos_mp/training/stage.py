@@ -5,19 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from cosmos_mp.config import ConfigError, DMD2Run, KDRun, OptimConfig, TeacherRun
+from cosmos_mp.config import DMD2Run, KDRun, OptimConfig, TeacherRun
 from cosmos_mp.data.dataset import LatentDataset
 from cosmos_mp.diffusion.samplers import Answer
 from cosmos_mp.distill.method import Method
 from cosmos_mp.options import DATA, to_dict
-from cosmos_mp.parallel.topology import Topology
+from cosmos_mp.parallel.layout import check_layout
+from cosmos_mp.parallel.topology import Topology, join, rank_and_world
 from cosmos_mp.training.callbacks import Callback, ConsoleLog, JsonLines, Pictures, ProgressBar, TensorBoard
 from cosmos_mp.training.checkpoint import exclusive
-from cosmos_mp.training.loop import fit
+from cosmos_mp.training.loop import fit, micro_batches
 from cosmos_mp.training.samples import HeldOut
 
 INTERRUPTED = 75
 """Exit code of a run that a signal ended after saving (EX_TEMPFAIL): start it again and it goes on."""
+
+
+def meet(config: TeacherRun | KDRun | DMD2Run) -> Topology:
+    """Join the other processes of a training run, once its layout is known to fit.
+
+    Raises:
+        ConfigError: it does not; the message names the values that do.
+    """
+    check_run(config, rank_and_world()[1])
+    return join(config.parallel)
+
+
+def check_run(config: TeacherRun | KDRun | DMD2Run, world: int) -> int:
+    """Whether a run over `world` processes fits its layout, networks and batch; gives its data-parallel size. Errors as `meet`."""
+    head = config.head if isinstance(config, DMD2Run) and config.dmd2.gan_weight > 0 else None
+    dp = check_layout(config.parallel, world, config.net, config.diffusion, head)
+    micro_batches(config.train, dp)
+    return dp
 
 
 def open_store(path: str, kind: str, config: TeacherRun | KDRun | DMD2Run) -> LatentDataset:
@@ -32,14 +51,12 @@ def open_held_out(config: TeacherRun | KDRun | DMD2Run, topology: Topology) -> H
     """What the run's pictures show; None where it draws none. Opened before any network is built: a wrong path costs seconds.
 
     Raises:
-        ConfigError: this is one of several processes, or there are fewer held-out clips than the pictures show.
+        ConfigError: there are fewer held-out clips than the pictures show.
     """
-    if topology.world > 1:
-        raise ConfigError(f"{topology.world} processes were started; training runs in one, and they would overwrite each other's run")
     if not config.train.picture_every:
         return None
     holdout = open_store(config.holdout, "clips", config)
-    return HeldOut(holdout, config.tokenizer, config.train.picture_samples, topology.device)
+    return HeldOut(holdout, config.tokenizer, config.train.picture_samples, topology)
 
 
 def train(
@@ -59,16 +76,15 @@ def train(
         answers: rows of the pictures above control and ground truth.
     """
     run_dir, options = Path(config.out), config.train
-    callbacks: list[Callback] = [ConsoleLog(options.log_every), JsonLines(), ProgressBar(options.log_every)]
-    if options.tensorboard:
-        callbacks.append(TensorBoard())
+    callbacks: list[Callback] = []
+    if topology.rank == 0:
+        callbacks += [ConsoleLog(options.log_every), JsonLines(), ProgressBar(options.log_every)]
+        callbacks += [TensorBoard()] if options.tensorboard else []
     if held_out is not None:
         callbacks.append(Pictures(held_out.renderer(answers), options.picture_every))
     settings = to_dict(config) | {DATA: data.reader.sha256}  # a resumed run must see the same samples
-    with exclusive(run_dir):
-        result = fit(
-            method, data, options, optim, config.ema, run_dir, callbacks, settings=settings, ema_role=ema_role, device=topology.device
-        )
-    if result.interrupted:
+    with exclusive(run_dir, topology):
+        result = fit(method, data, options, optim, config.ema, run_dir, callbacks, settings=settings, ema_role=ema_role, topology=topology)
+    if result.interrupted and topology.rank == 0:
         print(f"interrupted and saved at iteration {result.iteration}; run the same command again to go on")
     return INTERRUPTED if result.interrupted else 0

@@ -1,31 +1,26 @@
-"""Checkpoints: whole or not there, damage found and named, the newest good one chosen, strict loading."""
+"""Checkpoints: damage found and named, the newest good one chosen, strict loading; whose folder it is."""
 
 import errno
 import json
 import logging
 import os
 import pickle
-import resource
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from cosmos_mp.parallel.topology import single_process
 from cosmos_mp.training import checkpoint
 from cosmos_mp.training.checkpoint import (
     CheckpointError,
-    CheckpointWriteError,
     check_same_run,
-    damage,
     latest,
     load,
+    load_role,
     load_weights_of,
     open_run,
-    save,
 )
+from cosmos_mp.training.saver import Saver
 
 SETTINGS = {"stage": "toy", "out": "runs/toy", "net": {"hidden": 8, "heads": (1, 2)}, "train": {"iterations": 10, "seed": 0}}
 
@@ -40,42 +35,14 @@ def tensors(value: float, *, ema: bool = True) -> dict[str, torch.Tensor]:
     return table | ({"model/student_ema/block.0.weight": torch.full((3, 2), value + 0.25)} if ema else {})
 
 
-def saved(run_dir: Path, *iterations: int, keep_last: int = 9) -> list[Path]:
-    return [save(run_dir, i, tensors(float(i)), SETTINGS, keep_last) for i in iterations]
+def saved(run_dir: Path, *iterations: int, ema: bool = True) -> list[Path]:
+    saver = Saver(run_dir, SETTINGS, 9)
+    for iteration in iterations:
+        saver.save(iteration, tensors(float(iteration), ema=ema))
+    return saver.finished()
 
 
-def names(run_dir: Path) -> list[str]:
-    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-
-
-# --- Saving and loading ---
-
-
-def test_what_is_saved_comes_back(tmp_path):
-    (path,) = saved(tmp_path, 7)
-    assert path == tmp_path / "checkpoints/iter_00000007"
-    table = {name: torch.zeros_like(value) for name, value in tensors(7.0).items()}
-    load(path, table)
-    assert all(torch.equal(value, table[name]) and value.dtype == table[name].dtype for name, value in tensors(7.0).items())
-    assert json.loads((path / "config.json").read_text()) == json.loads(json.dumps(SETTINGS))
-
-
-def test_a_single_process_saves_and_loads_without_collectives(tmp_path, monkeypatch):
-    """Gloo's thread would open a second OpenMP team, which slows the training's own for good."""
-    single_process()
-    assert dist.is_initialized() and dist.get_world_size() == 1
-    collectives = ("all_gather_object", "gather_object", "scatter_object_list", "broadcast_object_list", "broadcast", "all_gather")
-    for name in collectives:
-        monkeypatch.setattr(dist, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
-    (path,) = saved(tmp_path, 7)
-    load(path, {name: torch.zeros_like(value) for name, value in tensors(7.0).items()})
-
-
-def test_marker_lists_every_file(tmp_path):
-    (path,) = saved(tmp_path, 7)
-    listed = json.loads((path / "COMPLETE.json").read_text())["files"]
-    assert set(listed) == {file.name for file in path.iterdir()} - {"COMPLETE.json"} >= {".metadata", "config.json"}
-    assert all(entry["bytes"] == (path / name).stat().st_size for name, entry in listed.items())
+# --- Loading ---
 
 
 @pytest.mark.parametrize(
@@ -94,102 +61,6 @@ def test_loading_is_strict_and_fills_nothing_on_refusal(tmp_path, change, words)
     with pytest.raises(CheckpointError, match=words):
         load(path, table)
     assert not any(value.any() for value in table.values())
-
-
-def test_keep_last_deletes_the_oldest(tmp_path):
-    saved(tmp_path, 2, 4, 6, 8, keep_last=2)
-    assert names(tmp_path) == ["iter_00000006", "iter_00000008"]
-
-
-def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):
-    paths = saved(tmp_path, 2, 4, 6)
-    (paths[1] / "COMPLETE.json").unlink()
-    saved(tmp_path, 8, keep_last=3)
-    assert [path.name for path in paths] + ["iter_00000008"] == names(tmp_path)
-    assert saved(tmp_path, 10, keep_last=1)[0].name in names(tmp_path) and len(names(tmp_path)) == 1
-
-
-def test_newer_damaged_ones_never_push_out_the_one_just_saved(tmp_path):
-    paths = saved(tmp_path, 2, 9)
-    flip(paths[1] / "__0_0.distcp")
-    saved(tmp_path, 4, keep_last=1)
-    assert names(tmp_path) == ["iter_00000004", "iter_00000009"] and latest(tmp_path).name == "iter_00000004"
-
-
-def test_a_damaged_one_is_replaced_when_its_iteration_is_saved_again(tmp_path):
-    paths = saved(tmp_path, 2, 4)
-    flip(paths[1] / "__0_0.distcp")
-    saved(tmp_path, 4)
-    assert damage(paths[1]) is None and names(tmp_path) == ["iter_00000002", "iter_00000004"]
-
-
-def test_leftovers_of_a_killed_save_go_at_the_next_one(tmp_path):
-    leftover = tmp_path / "checkpoints/iter_00000002.partial"
-    leftover.mkdir(parents=True)
-    (leftover / "__0_0.distcp").write_bytes(b"half")
-    saved(tmp_path, 4)
-    assert names(tmp_path) == ["iter_00000004"]
-
-
-def test_what_is_visible_is_whole_at_every_moment_of_a_save(tmp_path):
-    """Python tells an audit hook of every file operation before it happens; each is a moment at which the power may fail."""
-    saved(tmp_path, 2)
-    complaints, moments, watching = [], [], True
-
-    def look(event, _):
-        nonlocal watching
-        if watching and event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"):
-            watching = False  # looking opens files too
-            whole = [path for path in (tmp_path / "checkpoints").glob("iter_*") if path.suffix != ".partial"]
-            moments.append(event)
-            complaints.extend(f"{event}: {path.name}: {damage(path)}" for path in whole if damage(path))
-            complaints.extend([f"{event}: nothing to resume from"] if not whole else [])
-            watching = True
-
-    sys.addaudithook(look)  # it cannot be taken away, only silenced
-    try:
-        saved(tmp_path, 4, 6, keep_last=1)
-    finally:
-        watching = False
-    assert {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"} <= set(moments)
-    assert complaints == [] and names(tmp_path) == ["iter_00000006"]
-
-
-# --- Full disk ---
-
-
-def test_disk_full_in_the_middle_of_the_tensors(tmp_path):
-    """A real limit on file size, so that the writer itself fails half-way."""
-    save(tmp_path, 2, {"model/student/w": torch.zeros(10)}, SETTINGS, 3)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-    try:
-        with pytest.raises(CheckpointWriteError, match="iter_00000004 could not be written .*iter_00000002 is intact: make room"):
-            save(tmp_path, 4, {"model/student/w": torch.zeros(100_000)}, SETTINGS, 1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert names(tmp_path) == ["iter_00000002"] and damage(latest(tmp_path)) is None
-
-
-@pytest.mark.parametrize("nth", range(1, 7))
-def test_disk_full_at_any_place_of_a_save(tmp_path, monkeypatch, nth):
-    saved(tmp_path, 2)
-    count, fsync = 0, os.fsync
-
-    def full(descriptor):
-        nonlocal count
-        count += 1
-        if count == nth:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointWriteError, match="No space left on device"):
-        saved(tmp_path, 4, keep_last=1)
-    monkeypatch.undo()
-    assert count == nth
-    assert damage(tmp_path / "checkpoints/iter_00000002") is None and latest(tmp_path) is not None
-    assert not list((tmp_path / "checkpoints").glob("*.partial"))
 
 
 # --- Choosing ---
@@ -232,6 +103,20 @@ def test_damaged_ones_are_skipped_with_their_reason(tmp_path, caplog, harm, word
     assert str(error.value).count(words) == 2 and "iter_00000002" in str(error.value) and "iter_00000004" in str(error.value)
 
 
+def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch, caplog):
+    first, second = saved(tmp_path, 2, 4)
+    sha256 = checkpoint.file_sha256
+
+    def broken_disk(file: Path) -> str:
+        if file.parent == second and file.name == ".metadata":
+            raise OSError(errno.EIO, "Input/output error")
+        return sha256(file)
+
+    monkeypatch.setattr(checkpoint, "file_sha256", broken_disk)
+    assert latest(tmp_path) == first
+    assert f"{second} skipped: .metadata cannot be read ([Errno 5] Input/output error)" in caplog.text
+
+
 def test_leftover_partial_is_named(tmp_path, caplog):
     (first,) = saved(tmp_path, 2)
     (tmp_path / "checkpoints/iter_00000004.partial").mkdir()
@@ -259,19 +144,43 @@ def test_weights_of_a_role_come_from_the_newest_good_checkpoint(tmp_path):
         assert load_weights_of(path, "student", prefer_ema=False)["block.0.weight"].unique().tolist() == [4.0]
 
 
+def test_a_role_is_read_into_given_tensors_of_any_type(tmp_path):
+    saved(tmp_path, 2, 4)
+    for prefer_ema, value in ((True, 4.25), (False, 4.0)):
+        table = {"block.0.weight": torch.zeros(3, 2, dtype=torch.float64)}
+        load_role(tmp_path, "student", table, prefer_ema=prefer_ema)
+        assert (table["block.0.weight"] == value).all()
+
+
+def test_a_role_that_does_not_fit_is_refused_and_nothing_is_filled(tmp_path):
+    (path,) = saved(tmp_path, 2)
+    table = {"block.0.weight": torch.zeros(3, 2), "block.1.weight": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match="iter_00000002 does not fit this run: block.1.weight is missing; check the net"):
+        load_role(tmp_path, "student", table)
+    assert not table["block.0.weight"].any()
+    with pytest.raises(CheckpointError, match=r"block.0.weight is \(3, 2\) torch.float32, expected \(2, 3\)"):
+        load_role(path, "student", {"block.0.weight": torch.zeros(2, 3)})
+    with pytest.raises(CheckpointError, match="block.0.weight is unexpected"):
+        load_role(path, "student", {})
+    flip(path / "__0_0.distcp")
+    with pytest.raises(CheckpointError, match="iter_00000002: __0_0.distcp has another checksum"):
+        load_role(path, "student", {})
+
+
 def test_weights_without_an_average_are_the_roles_own(tmp_path):
-    save(tmp_path, 2, tensors(2.0, ema=False), SETTINGS, 1)
+    saved(tmp_path, 2, ema=False)
     assert {name: value.unique().tolist() for name, value in load_weights_of(tmp_path, "student").items()} == {"block.0.weight": [2.0]}
 
 
 def test_hand_over_errors_name_path_and_roles(tmp_path):
     (path,) = saved(tmp_path / "run", 2)
-    with pytest.raises(CheckpointError, match="no role 'teacher'; it holds fake_score, student, student_ema"):
-        load_weights_of(tmp_path / "run", "teacher")
-    with pytest.raises(FileNotFoundError, match="nowhere: no such run folder"):
-        load_weights_of(tmp_path / "nowhere", "student")
-    with pytest.raises(FileNotFoundError, match="no checkpoint in it"):
-        load_weights_of(tmp_path, "student")
+    for read in (load_weights_of, lambda path, role: load_role(path, role, {})):
+        with pytest.raises(CheckpointError, match="no role 'teacher'; it holds fake_score, student, student_ema"):
+            read(tmp_path / "run", "teacher")
+        with pytest.raises(FileNotFoundError, match="nowhere: no such run folder"):
+            read(tmp_path / "nowhere", "student")
+        with pytest.raises(FileNotFoundError, match="no checkpoint in it"):
+            read(tmp_path, "student")
     flip(path / "__0_0.distcp")
     with pytest.raises(CheckpointError, match="another checksum"):
         load_weights_of(path, "student")
@@ -287,6 +196,23 @@ def changed(**options) -> dict:
 def test_settings_of_length_and_logging_may_change():
     train = {name: 99 for name in ("iterations", "log_every", "save_every", "keep_last", "picture_every", "picture_samples")}
     check_same_run(SETTINGS, changed(out="elsewhere", train={"seed": 0, **train}))
+
+
+def test_the_layout_may_change_but_not_what_changes_the_numbers():
+    layout = {
+        "tp": 2,
+        "cp": 4,
+        "dp": 0,
+        "shard": 8,
+        "sequence_parallel": True,
+        "cp_attention": "ring",
+        "reduce": "micro_batch",
+        "timeout": 9.0,
+    }
+    check_same_run(changed(parallel=dict.fromkeys(layout)), changed(parallel=layout))
+    for option in ("compute", "reference_cp_scaling"):
+        with pytest.raises(CheckpointError, match=f"parallel.{option}: 1 -> 2"):
+            check_same_run(changed(parallel={option: 1}), changed(parallel={option: 2}))
 
 
 def test_every_other_difference_is_listed_old_to_new():
@@ -313,6 +239,8 @@ def test_run_folder_keeps_its_config_and_says_which_it_is(tmp_path):
 
 
 def test_allowed_changes_are_options_that_exist():
-    from cosmos_mp.config import TrainConfig
+    from cosmos_mp.config import ParallelConfig, TrainConfig
 
-    assert all(hasattr(TrainConfig, name.removeprefix("train.")) for name in checkpoint.MAY_CHANGE if name.startswith("train."))
+    for prefix, options in (("train.", TrainConfig), ("parallel.", ParallelConfig)):
+        names = [name.removeprefix(prefix) for name in checkpoint.MAY_CHANGE if name.startswith(prefix)]
+        assert names and all(hasattr(options, name) for name in names)

@@ -1,0 +1,95 @@
+"""Ranks of a test: results in order, and a failure that says whose it was."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cosmos_mp.config import ParallelConfig
+from cosmos_mp.parallel.topology import join, single_process
+
+
+def test_results_come_in_the_order_of_the_ranks(run_ranks):
+    kept = torch.arange(3)  # reached by closure, not by pickling
+
+    def work(rank, factor):
+        time.sleep(0.2 * (rank == 0))
+        total = torch.tensor(float(rank))
+        dist.all_reduce(total)
+        return rank, kept * rank * factor, total
+
+    for rank, (said, own, total) in enumerate(run_ranks(3, work, 10)):
+        assert said == rank and total == 3
+        assert torch.equal(own, kept * rank * 10)
+
+
+def test_ranks_are_in_no_group_of_the_parent(run_ranks):
+    """The parent has a default group of one rank and megatron's groups; the ranks make their own and leave those alone."""
+    parent, environment = single_process(), dict(os.environ)
+
+    def work(rank):
+        topology = join(ParallelConfig(tp=2, cp=2))
+        members = [dist.get_process_group_ranks(group) for group in (topology.tp_group, topology.cp_group)]
+        return topology.rank, topology.world, *members
+
+    assert run_ranks(4, work) == [(0, 4, [0, 1], [0, 2]), (1, 4, [0, 1], [1, 3]), (2, 4, [2, 3], [0, 2]), (3, 4, [2, 3], [1, 3])]
+    assert single_process().tp_group is parent.tp_group and dist.get_world_size() == 1
+    assert dist.get_process_group_ranks(parent.cp_group) == [0]
+    dist.all_reduce(torch.zeros(1), group=parent.tp_group)
+    assert dict(os.environ) == environment
+
+
+def test_gradients_work_in_ranks_after_the_parent_has_computed_some(run_ranks):
+    torch.ones(2, requires_grad=True).sum().backward()
+
+    def work(rank):
+        x = torch.full((2,), float(rank), requires_grad=True)
+        x.pow(2).sum().backward()
+        return x.grad
+
+    assert [gradient.tolist() for gradient in run_ranks(2, work)] == [[0, 0], [2, 2]]
+
+
+def test_an_exception_names_its_rank_and_line_and_nobody_is_waited_for(run_ranks):
+    def fail_here(rank):
+        if rank == 1:
+            raise KeyError("lost")
+        dist.barrier()
+
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?s)^rank 1 failed:.*in fail_here.*KeyError: 'lost'"):
+        run_ranks(3, fail_here)
+    assert time.monotonic() - start < 30
+
+
+def test_a_result_that_cannot_be_sent_is_an_error_of_its_rank(run_ranks):
+    with pytest.raises(RuntimeError, match=r"(?s)^rank 0 failed:.*pickle"):
+        run_ranks(1, lambda rank: (value for value in ()))
+
+
+def test_a_rank_that_dies_is_named(run_ranks):
+    with pytest.raises(RuntimeError, match="^rank 1 died with exit code 7"):
+        run_ranks(2, lambda rank: os._exit(7) if rank == 1 else dist.barrier())
+
+
+def test_a_rank_that_hangs_is_named_with_its_place(run_ranks):
+    def oversleep(rank):
+        time.sleep(60 * (rank == 1))
+
+    def work(rank):
+        oversleep(rank)
+
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?s)^not done after 4 s: rank 1\nrank 1: .*in oversleep"):
+        run_ranks(3, work, timeout=4)
+    assert 4 <= time.monotonic() - start < 30
+
+
+def test_no_rank_outlives_its_run(run_ranks):
+    for process in run_ranks(2, lambda rank: os.getpid()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
