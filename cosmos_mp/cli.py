@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from cosmos_mp.options import parse
+from cosmos_mp.parallel.watch import LostRank
 
 T = TypeVar("T")
 
@@ -38,5 +39,9 @@ def guarded(run: Callable[[], int | None]) -> None:
         if os.environ.get("COSMOS_MP_TRACEBACK"):
             raise
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        if isinstance(error, LostRank):  # threads that wait for the lost rank would hold this process until their timeouts
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
         raise SystemExit(1) from None
     raise SystemExit(code or 0)

@@ -44,6 +44,7 @@ export MASTER_PORT
 # Not torchrun, measured with torch 2.13: it ends with 1 and a traceback when its processes end with 75, and leaves the others 30 s from the
 # first one's end or from a signal, which may cut a save short.
 pids=()
+lines() { trap '' INT TERM; exec sed -u "$1"; } # Ctrl-C ends the stage, not what reads its last words
 tell() { kill "-$1" "${pids[@]}" 2>/dev/null || true; }
 trap 'tell TERM' TERM
 trap 'tell TERM; trap "tell KILL" INT' INT # a second Ctrl-C does not wait for the save
@@ -51,8 +52,8 @@ for ((rank = 0; rank < gpus; rank++)); do
   export RANK=$rank LOCAL_RANK=$rank
   if [ "$rank" -eq 0 ]; then
     "${command[@]}" &
-  else # only the first draws progress bars; errors say whose they are. Ctrl-C must not end `sed` before the last line.
-    TQDM_DISABLE=1 "${command[@]}" 2> >(trap '' INT TERM; exec sed -u "s/^/[rank $rank] /" >&2) &
+  else # only the first draws progress bars. The others' lines come whole, and their errors say whose they are.
+    TQDM_DISABLE=1 "${command[@]}" > >(lines '') 2> >(lines "s/^/[rank $rank] /" >&2) &
   fi
   pids+=($!)
 done

@@ -85,7 +85,7 @@ def test_what_is_saved_is_read_back(tmp_path, stage):
         ({"train__iterations": 3.0}, "train: iterations: 3.0 is float, expected int"),
         ({"train__iterations": True}, "train: iterations: True is bool, expected int"),
         ({"train__tensorboard": 1}, "train: tensorboard: 1 is int, expected bool"),
-        ({"train__recompute": "half"}, "train: recompute: 'half' is none of none, full"),
+        ({"train__recompute": "half"}, "train: recompute: 'half' is none of none, selective, full"),
         ({"optim_student__betas": [0.9]}, "optim_student: betas: "),
         ({"optim_student__betas": [0.9, "x"]}, "optim_student: betas: 'x' is str, expected float"),
         ({"net__control_mlp": 16}, "net: control_mlp: 16 does not fit"),

@@ -6,13 +6,9 @@ is its trained parameters, optimizers, average and a few counters.
 
 from __future__ import annotations
 
-import math
-import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,13 +18,17 @@ from torch import Tensor
 
 from cosmos_mp.config import ConfigError, EMAConfig, OptimConfig, TrainConfig
 from cosmos_mp.data.batch import Batch
-from cosmos_mp.distill.method import Method, StepOutput
+from cosmos_mp.distill.method import Method
 from cosmos_mp.parallel.fsdp import synchronise
-from cosmos_mp.parallel.pieces import Pieces, agree
+from cosmos_mp.parallel.pieces import Pieces
 from cosmos_mp.parallel.topology import Topology, single_process
+from cosmos_mp.parallel.watch import Watch
 from cosmos_mp.training import checkpoint
 from cosmos_mp.training.ema import EMA
 from cosmos_mp.training.optim import build_optimizer, clip, learning_rate
+from cosmos_mp.training.report import Sums, report
+from cosmos_mp.training.saver import Saver
+from cosmos_mp.training.signals import stop_signals
 
 if TYPE_CHECKING:
     from cosmos_mp.training.callbacks import Callback
@@ -146,7 +146,7 @@ def fit(
 ) -> Result:
     """Train from the newest good checkpoint of `run_dir`, or from the networks as they are, to `config.iterations`.
 
-    SIGTERM or SIGINT ends the run after the current iteration, saved; a second SIGINT acts at once.
+    SIGTERM or SIGINT, to any rank, ends the run after the current iteration, saved; a second SIGINT acts at once.
 
     Args:
         optim: an entry for every role that `method` ever trains, and no other.
@@ -160,13 +160,20 @@ def fit(
         CheckpointError: the folder holds another run, or no checkpoint in it is usable.
         NonFiniteError: `config.max_nonfinite` steps in a row were skipped; the checkpoints before stand.
         CheckpointWriteError: a checkpoint could not be written.
+        LostRank: another rank died or stopped, or hung for longer than the layout's timeout.
     """
     topology = topology or single_process()
     own_steps = _count_steps(method, config.iterations, optim)
     accumulation = micro_batches(config, topology.dp_group.size())
     checkpoint.open_run(run_dir, settings, topology)
     state = _start(method, config, optim, ema, ema_role, Path(run_dir), topology)
-    saver = checkpoint.Saver(state.run_dir, settings, config.keep_last, topology, asynchronous=config.async_save)
+    saver = Saver(state.run_dir, settings, config.keep_last, topology, asynchronous=config.async_save)
+
+    watch = Watch(topology)
+
+    def save() -> None:
+        watch.at("saving")
+        saver.save(state.iteration, state.tensors())
 
     def tell_saved() -> None:
         for path in saver.finished():
@@ -174,35 +181,42 @@ def fit(
                 callback.on_checkpoint(path)
 
     try:
-        with _stop_signals() as signals:
+        with stop_signals() as signals:
             saved = state.iteration
             for callback in callbacks:
                 callback.on_start(state)
-            while state.iteration < config.iterations and not signals:
+            # A signal reaches one rank first: all leave after the iteration in which they have heard of it together.
+            alone, stopping = topology.world == 1 or topology.mesh is None, False
+            while state.iteration < config.iterations and not (signals if alone else stopping):
                 iteration, began = state.iteration, time.perf_counter()
 
                 # --- Gradients: exactly the trained roles get some ---
                 roles = method.trained(iteration)
                 for role, network in method.networks.items():
                     network.requires_grad_(role in roles)
-                sums = _Sums()
+                sums = Sums()
                 for micro_batch in range(accumulation):
                     for role in roles:
                         synchronise(method.networks[role], micro_batch == accumulation - 1, topology)
                     position = _position(iteration, micro_batch, config, topology)
-                    output = method.step(_batch(data, position, config.micro_batch_size, topology), iteration)
+                    watch.at("reading data")
+                    batch = _batch(data, position, config.micro_batch_size, topology)
+                    watch.at(f"in iteration {iteration} of {'+'.join(roles)}")
+                    output = method.step(batch, iteration)
                     (sum(term.weight * term.value for term in output.terms.values()) / accumulation).backward()
                     sums.add(output)
                 for role in roles:
                     state.networks[role].take_gradients()
 
                 # --- Step: all trained roles, or none if anything is not finite; decided on what all ranks have seen ---
-                report = _report(sums, accumulation, {role: state.networks[role].square_norm() for role in roles}, topology)
+                squares = {role: state.networks[role].square_norm() for role in roles}
+                agreed = report(sums, accumulation, squares, bool(signals), topology)
+                stopping = agreed.stopping
                 rates = {role: learning_rate(optim[role], state.steps[role], own_steps[role]) for role in roles}
-                skipped = report.trouble(roles, iteration)
+                skipped = agreed.trouble(roles, iteration)
                 if skipped is None:
                     for role in roles:
-                        clip(state.optimizers[role], report.norms[role], optim[role].clip_norm)
+                        clip(state.optimizers[role], agreed.norms[role], optim[role].clip_norm)
                         state.optimizers[role].param_groups[0]["lr"] = rates[role]
                         state.optimizers[role].step()
                         state.steps[role] += 1
@@ -216,7 +230,7 @@ def fit(
                 # --- Tell, stop, save ---
                 seconds = time.perf_counter() - began
                 speed = config.global_batch_size / seconds
-                event = Event(iteration, tuple(roles), report.terms, report.metrics, report.norms, rates, speed, seconds, skipped)
+                event = Event(iteration, tuple(roles), agreed.terms, agreed.metrics, agreed.norms, rates, speed, seconds, skipped)
                 for callback in callbacks:
                     callback.on_iteration(event)
                 if skipped is not None and state.skipped_in_row >= config.max_nonfinite:
@@ -225,20 +239,24 @@ def fit(
                         "lower the learning rate or look at the data; the last checkpoint is from before"
                     )
                 if state.iteration % config.save_every == 0:
-                    saver.save(state.iteration, state.tensors())
+                    save()
                     saved = state.iteration
                 tell_saved()
             if state.iteration > saved:
-                saver.save(state.iteration, state.tensors())
+                save()
             saver.wait()
             tell_saved()
+            saver.close()
             return Result(state.iteration, interrupted=state.iteration < config.iterations)
     except BaseException as exc:
+        found = watch.explain(exc)
         for callback in callbacks:
-            callback.on_error(exc)
-        raise
+            callback.on_error(found)
+        if found is exc:
+            raise
+        raise found from exc
     finally:
-        saver.close()
+        watch.close()
         for callback in callbacks:
             callback.close()
 
@@ -301,74 +319,3 @@ def _start(
     if newest is not None:
         state.load(newest, topology)
     return state
-
-
-class _Sums:
-    """Sums of named scalars over the micro-batches, kept on their device until read once."""
-
-    def __init__(self) -> None:
-        self.terms: dict[str, Tensor] = {}
-        self.metrics: dict[str, Tensor] = {}
-        self.weights: dict[str, float] = {}
-
-    def add(self, output: StepOutput) -> None:
-        self.weights = {name: term.weight for name, term in output.terms.items()}
-        for sums, values in ((self.terms, {name: term.value for name, term in output.terms.items()}), (self.metrics, output.metrics)):
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double()
-
-
-@dataclass(frozen=True)
-class _Report:
-    """One iteration as every rank knows it: means over all ranks, gradient norms per role, and each rank's own numbers."""
-
-    terms: dict[str, float]
-    metrics: dict[str, float]
-    norms: dict[str, float]
-    terms_by_rank: dict[str, list[float]]
-    squares_by_rank: dict[str, list[float]]
-
-    def trouble(self, roles: Sequence[str], iteration: int) -> str | None:
-        """The first loss term or gradient that is not finite, with its role, iteration and rank."""
-        named = {f"loss term {name!r} of {'+'.join(roles)}": values for name, values in self.terms_by_rank.items()}
-        named |= {f"gradient norm of {role}": values for role, values in self.squares_by_rank.items()}
-        for what, values in named.items():
-            for rank, value in enumerate(values):
-                if not math.isfinite(value):
-                    where = f"at iteration {iteration}" + (f" on rank {rank}" if len(values) > 1 else "")
-                    return f"{what} is {value} {where}"
-        return None
-
-
-def _report(sums: _Sums, accumulation: int, squares: Mapping[str, Tensor], topology: Topology) -> _Report:
-    mine = [*(value / accumulation for value in (*sums.terms.values(), *sums.metrics.values())), *squares.values()]
-    columns = iter(agree(mine, topology).T.tolist())
-    by_term, by_metric, by_role = ({name: next(columns) for name in names} for names in (sums.terms, sums.metrics, squares))
-    terms = {name: sum(column) / len(column) for name, column in by_term.items()}
-    terms["total"] = sum(sums.weights[name] * value for name, value in terms.items())
-    metrics = {name: sum(column) / len(column) for name, column in by_metric.items()}
-    norms = {role: math.sqrt(sum(column)) for role, column in by_role.items()}
-    return _Report(terms, metrics, norms, by_term, by_role)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT received, as a list that fills. A second SIGINT interrupts at once; SIGTERM never does: schedulers repeat it."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # Python delivers signals to the main thread alone
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def receive(number: int, frame: object) -> None:
-        received.append(number)
-        if number == signal.SIGINT:
-            signal.signal(number, before[number])
-
-    try:
-        for number in before:
-            signal.signal(number, receive)
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

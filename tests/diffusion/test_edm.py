@@ -143,12 +143,21 @@ def test_with_text_changes_the_text_alone(make_condition, unconditional):
 
 def test_a_bfloat16_network_is_preconditioned_in_float32(make_network, make_condition):
     denoiser = Denoiser(make_network().to(torch.bfloat16), CONFIG)
-    calls = listen(denoiser)
+    calls, inside = listen(denoiser), []
+    for part in (denoiser.network.base, denoiser.network.control):
+        part.register_forward_pre_hook(lambda _, args: inside.append(args[0]))
     xt, sigma = noisy().float(), SIGMA.float()
-    denoised = denoiser(xt, sigma, make_condition(dtype=torch.float32))
+    denoised = denoiser(xt, sigma, make_condition(dtype=torch.float32, given=1))
     ((call, _, out),) = calls
-    assert call.x_BCTHW.dtype == call.control_BCTHW.dtype == out.out.dtype == torch.bfloat16
-    assert call.timestep_B.dtype == torch.float32
+    precise = ("timestep_B", "fps_B")
+    # The network casts for itself: only inside of it is known in which type it computes.
+    assert {getattr(call, f.name).dtype for f in dataclasses.fields(call)} == {torch.float32}
+    assert len(inside) == 2
+    for cast in inside:
+        for f in dataclasses.fields(call):
+            expected = getattr(call, f.name).to(torch.float32 if f.name in precise else torch.bfloat16)
+            assert getattr(cast, f.name).dtype == expected.dtype and torch.equal(getattr(cast, f.name), expected), f.name
+    assert out.out.dtype == torch.bfloat16
     assert denoised.x0.dtype == denoised.eps.dtype == torch.float32
     expected = 0.25 / bcast(sigma**2 + 0.25) * xt + bcast(sigma / 2 / (sigma**2 + 0.25).sqrt()) * out.out.float()
-    torch.testing.assert_close(denoised.x0, expected)
+    torch.testing.assert_close(denoised.x0[:, :, 1:], expected[:, :, 1:])

@@ -24,8 +24,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-_DIED, _FAILED, _DONE = range(3)
-"""What became of a rank, the cause of other ranks' failures first."""
 _KEPT: list[dist.ProcessGroup] = []
 
 
@@ -62,7 +60,7 @@ def initialize(rank: int, world: int, folder: Path, timeout: float) -> None:
     """Make this process one of `world` ranks that meet in `folder`, as torchrun would have; groups of its parent are forgotten."""
     torch.set_num_threads(1)
     if dist.is_initialized():
-        # The threads of these groups stayed in the parent. Destructors would wait for them, so they must never run.
+        # The threads of these groups stayed in the parent: destructors, which join them, would abort the process and must never run.
         _KEPT.extend(dist.distributed_c10d._world.pg_map)
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
@@ -81,9 +79,9 @@ def _rank(ours: Connection, theirs: Connection, place: tuple[int, int, Path, flo
             result = io.BytesIO()
             torch.save(function(place[0], *args), result)
             faulthandler.unregister(signal.SIGUSR1)
-        answer = (_DONE, result.getvalue())
+        answer = (True, result.getvalue())
     except BaseException:
-        answer = (_FAILED, "failed:\n" + traceback.format_exc())
+        answer = (False, traceback.format_exc())
     try:
         theirs.send(answer)
         theirs.recv()  # a rank that left would close connections that others still read from: it stays until the parent is through
@@ -99,20 +97,26 @@ def _results(processes: list[BaseProcess], pipes: list[Connection], folder: Path
         if not ready:
             stacks = "\n".join(f"rank {rank}: {_ask_for_stack(processes[rank], folder, rank)}" for rank in missing)
             raise RuntimeError(f"not done after {timeout:g} s: rank {', '.join(map(str, missing))}\n{stacks}")
-        answers = [(*_receive(processes[rank], pipes[rank]), rank) for rank in missing if pipes[rank] in ready]
-        for outcome, answer, rank in sorted(answers, key=lambda answer: answer[0]):
-            if outcome != _DONE:
-                raise RuntimeError(f"rank {rank} {answer}")
-            results[rank] = torch.load(io.BytesIO(answer), weights_only=False)
+        for rank in missing:
+            if pipes[rank] in ready:
+                try:
+                    succeeded, answer = pipes[rank].recv()
+                except EOFError:
+                    succeeded, answer = False, "its pipe closed"
+                if not succeeded:
+                    raise RuntimeError(_dead(processes) or f"rank {rank} failed:\n{answer}")
+                results[rank] = torch.load(io.BytesIO(answer), weights_only=False)
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _receive(process: BaseProcess, pipe: Connection) -> tuple[int, Any]:
-    try:
-        return pipe.recv()
-    except EOFError:
-        process.join()
-        return _DIED, f"died with exit code {process.exitcode}"
+def _dead(processes: list[BaseProcess]) -> str:
+    """Says which rank died, if one did: it takes connections with it, and others may report that before its end is seen."""
+    dead = wait([process.sentinel for process in processes], 0.5)
+    for rank, process in enumerate(processes):
+        if process.sentinel in dead:
+            process.join()
+            return f"rank {rank} died with exit code {process.exitcode}"
+    return ""
 
 
 def _stack(folder: Path, rank: int) -> Path:

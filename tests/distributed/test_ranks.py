@@ -8,9 +8,10 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from cosmos_mp.config import ParallelConfig
-from cosmos_mp.parallel.topology import join, single_process
+from cosmos_mp.parallel.topology import join
 
 
 def test_results_come_in_the_order_of_the_ranks(run_ranks):
@@ -27,9 +28,19 @@ def test_results_come_in_the_order_of_the_ranks(run_ranks):
         assert torch.equal(own, kept * rank * 10)
 
 
-def test_ranks_are_in_no_group_of_the_parent(run_ranks):
-    """The parent has a default group of one rank and megatron's groups; the ranks make their own and leave those alone."""
-    parent, environment = single_process(), dict(os.environ)
+@pytest.fixture
+def parent():
+    """A parent that is a run of its own, with megatron's groups, and one more group that nothing but torch refers to."""
+    fresh = not parallel_state.is_initialized()
+    topology = join(ParallelConfig())
+    dist.new_group([0])
+    yield topology
+    if fresh:
+        parallel_state.destroy_model_parallel()
+
+
+def test_ranks_are_in_no_group_of_the_parent(run_ranks, parent):
+    environment = dict(os.environ)
 
     def work(rank):
         topology = join(ParallelConfig(tp=2, cp=2))
@@ -37,8 +48,7 @@ def test_ranks_are_in_no_group_of_the_parent(run_ranks):
         return topology.rank, topology.world, *members
 
     assert run_ranks(4, work) == [(0, 4, [0, 1], [0, 2]), (1, 4, [0, 1], [1, 3]), (2, 4, [2, 3], [0, 2]), (3, 4, [2, 3], [1, 3])]
-    assert single_process().tp_group is parent.tp_group and dist.get_world_size() == 1
-    assert dist.get_process_group_ranks(parent.cp_group) == [0]
+    assert join(ParallelConfig()).tp_group is parent.tp_group and dist.get_world_size() == 1
     dist.all_reduce(torch.zeros(1), group=parent.tp_group)
     assert dict(os.environ) == environment
 
@@ -76,16 +86,18 @@ def test_a_rank_that_dies_is_named(run_ranks):
         run_ranks(2, lambda rank: os._exit(7) if rank == 1 else dist.barrier())
 
 
-def test_a_rank_that_hangs_is_named_with_its_place(run_ranks):
-    def oversleep(rank):
-        time.sleep(60 * (rank == 1))
+def test_ranks_that_hang_are_named_with_their_places(run_ranks):
+    """Rank 2 is done; rank 0 waits for rank 1."""
 
-    def work(rank):
-        oversleep(rank)
+    def oversleep():
+        time.sleep(60)
+
+    def hear_of_it():
+        dist.recv(torch.zeros(1), 1)
 
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"(?s)^not done after 4 s: rank 1\nrank 1: .*in oversleep"):
-        run_ranks(3, work, timeout=4)
+    with pytest.raises(RuntimeError, match=r"(?s)^not done after 4 s: rank 0, 1\nrank 0: .*in hear_of_it.*\nrank 1: .*in oversleep"):
+        run_ranks(3, lambda rank: (hear_of_it, oversleep, bool)[rank](), timeout=4)
     assert 4 <= time.monotonic() - start < 30
 
 

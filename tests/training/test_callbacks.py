@@ -136,7 +136,7 @@ def videos(value: float) -> dict[str, np.ndarray]:
 def test_pictures_come_every_so_often_and_at_the_end_from_the_average(tmp_path):
     network = nn.Linear(1, 1, bias=False)
     nn.init.constant_(network.weight, 20.0)
-    ema = EMA(network, 0.9)
+    ema = EMA(dict(network.named_parameters()), 0.9)
     nn.init.constant_(network.weight, 90.0)
     asked = []
 

@@ -9,7 +9,7 @@ from cosmos_mp.training.ema import EMA
 
 def test_starts_as_a_copy_and_follows_the_formula():
     network = nn.Linear(2, 1).double()
-    ema = EMA(network, 0.3)
+    ema = EMA(dict(network.named_parameters()), 0.3)
     expected = network.weight.detach().clone()
     assert torch.equal(ema.averages["weight"], expected) and set(ema.averages) == {"weight", "bias"}
     for update in range(6):
@@ -27,14 +27,14 @@ def test_starts_as_a_copy_and_follows_the_formula():
 )
 def test_average_is_float32_or_wider(dtype, expected):
     network = nn.Linear(2, 1).to(dtype)
-    ema = EMA(network, 0.9)
+    ema = EMA(dict(network.named_parameters()), 0.9)
     ema.update()
     assert ema.averages["weight"].dtype == expected
 
 
 def test_network_carries_the_average_inside_the_block_only():
     network = nn.Linear(2, 1)
-    ema = EMA(network, 0.9)
+    ema = EMA(dict(network.named_parameters()), 0.9)
     average = ema.averages["weight"].clone()
     with torch.no_grad():
         network.weight.add_(1.0)
@@ -48,4 +48,4 @@ def test_network_carries_the_average_inside_the_block_only():
 @pytest.mark.parametrize("decay", [-0.1, 0.0, 1.0])
 def test_decay_out_of_range_is_named(decay):
     with pytest.raises(ValueError, match=f"ema.decay={decay}"):
-        EMA(nn.Linear(1, 1), decay)
+        EMA({"weight": torch.ones(1)}, decay)

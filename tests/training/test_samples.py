@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from cosmos_mp.config import ConfigError
 from cosmos_mp.data.dataset import LatentDataset
 from cosmos_mp.parallel import noise
+from cosmos_mp.parallel.topology import single_process
 from cosmos_mp.tokenizers import build_tokenizer
 from cosmos_mp.tokenizers.frames import video_to_frames
 from cosmos_mp.training.samples import HeldOut
@@ -32,7 +35,7 @@ def test_rows_are_the_answers_then_control_and_ground_truth(holdout, tokenizer):
         return epsilon
 
     answers = {"student 1-step": answer, "teacher 1-step": lambda epsilon, condition: 0.5 * epsilon}
-    render = HeldOut(holdout, tokenizer, 2, torch.device("cpu")).renderer(answers)
+    render = HeldOut(holdout, tokenizer, 2, single_process()).renderer(answers)
     samples = render(7)
     assert [list(rows) for rows in samples] == [["student 1-step", "teacher 1-step", "control", "ground truth"]] * 2
     decoder, batch = build_tokenizer(tokenizer), holdout.fixed([0, 1])
@@ -52,7 +55,7 @@ def test_rows_are_the_answers_then_control_and_ground_truth(holdout, tokenizer):
 
 
 def test_every_picture_shows_the_same_clips_and_noise(holdout, tokenizer):
-    render = HeldOut(holdout, tokenizer, 3, torch.device("cpu")).renderer({"student": lambda epsilon, condition: epsilon})
+    render = HeldOut(holdout, tokenizer, 3, single_process()).renderer({"student": lambda epsilon, condition: epsilon})
     first, later = render(1), render(500)
     assert len(first) == 3
     assert all(np.array_equal(a[name], b[name]) for a, b in zip(first, later, strict=True) for name in a)
@@ -61,4 +64,16 @@ def test_every_picture_shows_the_same_clips_and_noise(holdout, tokenizer):
 
 def test_more_pictures_than_held_out_clips_are_refused(holdout, tokenizer):
     with pytest.raises(ConfigError, match="train.picture_samples=13 exceeds the 12 held-out clips"):
-        HeldOut(holdout, tokenizer, 13, torch.device("cpu"))
+        HeldOut(holdout, tokenizer, 13, single_process())
+
+
+def test_other_ranks_answer_along_and_draw_nothing(holdout, tokenizer):
+    asked = []
+
+    def answer(epsilon, condition):
+        asked.append(tuple(epsilon.shape))
+        return epsilon
+
+    second = replace(single_process(), rank=1)
+    assert HeldOut(holdout, tokenizer, 2, second).renderer({"student": answer, "teacher": answer})(7) == []
+    assert asked == [(2, 16, 3, 8, 8)] * 2  # where clips are cut, every rank must answer its part

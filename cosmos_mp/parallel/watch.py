@@ -1,0 +1,79 @@
+"""Which rank is lost. A collective that fails says that a peer is gone or silent; this says who, and where everyone else was.
+
+Each rank has a thread that answers for it through the store by which the ranks met. A dead or stopped process gives no answer; one that
+hangs in its own code answers with where it is and since when.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch.distributed as dist
+
+from cosmos_mp.parallel.topology import Topology
+
+PERIOD = 0.5
+"""Seconds between two looks for an alarm."""
+PATIENCE = 5.0
+"""Seconds that an alarm waits for answers."""
+
+
+class LostRank(ConnectionError):
+    """A rank of the run is dead, stopped or stuck; the message names it, and what this rank was waiting in."""
+
+
+class Watch:
+    """Answers for this rank until `close`; nothing where the run has one rank."""
+
+    def __init__(self, topology: Topology):
+        self.rank, self.world = topology.rank, topology.world if topology.mesh is not None else 1
+        self._place, self._since = "starting", time.monotonic()
+        self._closed = threading.Event()
+        if self.world > 1:
+            # A connection of its own: on a shared one a waiting caller holds up the others.
+            self._store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store().clone())
+            threading.Thread(target=self._answer, name="watch", daemon=True).start()
+
+    def at(self, place: str) -> None:
+        """Note where this rank is."""
+        self._place, self._since = place, time.monotonic()
+
+    def close(self) -> None:
+        """Answer no more: this rank leaves in good order."""
+        self._closed.set()
+
+    def explain(self, error: BaseException) -> BaseException:
+        """The error itself, or where it comes from a collective among several ranks: who is lost."""
+        if self.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+            return error
+        here = f"rank {self.rank}, {self._words()}"
+        return LostRank(f"{here}: {self._who()}; the last checkpoint stands: start the same command again ({str(error).strip()[:300]})")
+
+    def _words(self) -> str:
+        return f"{self._place} for {time.monotonic() - self._since:.0f} s"
+
+    def _answer(self) -> None:
+        try:
+            while not self._closed.wait(PERIOD):
+                if self._store.check(["alarm"]):
+                    self._store.set(f"answer/{self.rank}", self._words())
+                    return
+        except Exception:  # the store went away with its host: there is nobody left to answer
+            return
+
+    def _who(self) -> str:
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        try:
+            self._store.set("alarm", "")
+            deadline = time.monotonic() + PATIENCE
+            while not self._store.check([f"answer/{rank}" for rank in others]) and time.monotonic() < deadline:
+                time.sleep(PERIOD / 5)
+            answers = {rank: self._store.get(f"answer/{rank}").decode() for rank in others if self._store.check([f"answer/{rank}"])}
+        except Exception as error:
+            return f"the store of the ranks is gone, and with it its host, as a rule rank 0 ({error})"
+        silent = [rank for rank in others if rank not in answers]
+        heard = "; ".join(f"rank {rank} is {words}" for rank, words in answers.items())
+        if silent:
+            return f"no answer from rank {', '.join(map(str, silent))}, dead or stopped" + (f" ({heard})" if heard else "")
+        return f"every rank answers: {heard}"
