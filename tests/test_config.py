@@ -21,12 +21,14 @@ from cosmos_mp.config import (
     NetConfig,
     OptimConfig,
     PairsRun,
+    ParallelConfig,
     SamplerConfig,
     SampleRun,
     TeacherLossConfig,
     TextConfig,
     TrainConfig,
 )
+from cosmos_mp.training.loop import micro_batches
 
 
 @pytest.mark.parametrize(
@@ -63,9 +65,11 @@ def test_values_that_cannot_run_are_refused(make, message):
 
 
 def test_the_recipe_of_the_7b_is_the_default():
-    assert (NetConfig().head_dim, TrainConfig().accumulation) == (128, 64)
+    assert NetConfig().head_dim == 128
     assert (KDRun().optim_student.lr, KDRun().train.iterations, KDRun().train.global_batch_size) == (1e-5, 10_000, 64)
     run = DMD2Run()
+    # One step of 64 clips on one GPU is 64 micro-batches; on eight, eight each.
+    assert [micro_batches(run.train, dp) for dp in (1, 8, 64)] == [64, 8, 1]
     rates = (run.optim_student.lr, run.optim_fake_score.lr, run.optim_discriminator.lr)
     assert rates == (5e-7, 5e-7, 5e-7) and run.train.iterations == 24_000
     assert (run.dmd2.guidance, run.dmd2.gan_weight, run.dmd2.student_update_freq, run.head.feature_blocks) == (5.0, 1e-3, 5, (14,))
@@ -99,3 +103,28 @@ def test_the_recipe_of_the_7b_is_the_default():
 def test_options_out_of_range_are_named(make, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         make()
+
+
+# --- Parallelism ---
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        *(({name: 0}, f"parallel.{name}=0 must be above 0") for name in ("tp", "cp", "timeout")),
+        *(({name: -1}, f"parallel.{name}=-1 must be 0 or above") for name in ("dp", "shard", "reference_cp_scaling")),
+        ({"sequence_parallel": True}, "parallel.sequence_parallel splits over the ranks of tp: give parallel.tp at least 2"),
+        ({"sequence_parallel": True, "cp": 4}, "give parallel.tp at least 2, or leave it off"),
+    ],
+)
+def test_a_layout_that_makes_no_sense_is_refused(options, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        ParallelConfig(**options)
+
+
+def test_a_run_is_not_split_unless_told():
+    plain = ParallelConfig()
+    assert (plain.tp, plain.cp, plain.dp, plain.shard, plain.sequence_parallel) == (1, 1, 0, 0, False)
+    assert (plain.cp_attention, plain.reduce, plain.compute, plain.reference_cp_scaling) == ("ulysses", "step", "auto", 0)
+    assert all(kind().parallel == plain for kind in (config.TeacherRun, KDRun, DMD2Run))
+    assert ParallelConfig(tp=2, sequence_parallel=True, reference_cp_scaling=8, shard=4, timeout=0.5).tp == 2

@@ -412,11 +412,3 @@ class _Contents(pickle.Unpickler):
         if name not in allowed.get(module, "").split():
             raise CheckpointError(f".metadata of a checkpoint refers to {module}.{name}: it was not written by this package")
         return super().find_class(module, name)
-
-
-def __getattr__(name: str) -> Any:  # TEMPORARY, until the loop imports it from saver
-    if name == "Saver":
-        from cosmos_mp.training.saver import Saver
-
-        return Saver
-    raise AttributeError(name)

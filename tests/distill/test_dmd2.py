@@ -26,13 +26,15 @@ STUDENT, CRITIC = 10, 11
 def make_method(make_network, make_discriminator, unconditional):
     """DMD2 over differing random networks; `without` leaves roles out."""
 
-    def make(head: HeadConfig = HEAD, *, without: tuple[str, ...] = (), text: Tensor | None = None, **options) -> DMD2:
+    def make(
+        head: HeadConfig = HEAD, *, without: tuple[str, ...] = (), text: Tensor | None = None, across=None, reference_cp=0, **options
+    ) -> DMD2:
         networks: dict[str, nn.Module] = {role: make_network(seed=i) for i, role in enumerate(("student", "teacher", "fake_score"))}
         networks["discriminator"] = make_discriminator(head)
         for role in without:
             del networks[role]
         text = unconditional if text is None else text
-        return DMD2(networks, DIFFUSION, DMD2Config(**options), head, text, seed=3)
+        return DMD2(networks, DIFFUSION, DMD2Config(**options), head, text, 3, across, reference_cp)
 
     return make
 
@@ -212,6 +214,85 @@ def test_the_negative_prompt_moves_the_vsd_loss_and_nothing_else(make_method, ma
     assert first["gan"] == second["gan"]
 
 
+def chunked_vsd(scores, chunks: int) -> tuple[Tensor, Tensor]:
+    """VSD with one normaliser per sample and chunk of frames, and the mean of its weights over sigma^2, slowly."""
+    losses, inverses = [], []
+    for b in range(len(scores.y)):
+        parts = [x[b].chunk(chunks, dim=1) for x in (scores.y.detach(), scores.guided_x0, scores.fake_score.x0.detach())]
+        for y, guided, fake in zip(*parts, strict=True):
+            scale = (y - guided).abs().mean()
+            # Given frames agree exactly: a chunk of nothing else has no scale, and nothing to learn.
+            losses.append(0.5 * ((fake - guided) / scale).pow(2).mean() if scale > 0 else scale)
+            inverses.append(1 / scale)
+    return torch.stack(losses).mean(), torch.stack(inverses).reshape(len(scores.y), -1)
+
+
+@pytest.mark.parametrize("published", [1, 2, 4])
+def test_as_published_at_a_context_parallel_size(make_method, make_batch, published):
+    batch = make_batch(range(3))
+    plain = run(make_method(gan_weight=0.3, reconstruction_weight=0.2), batch, STUDENT)
+    method = make_method(gan_weight=0.3, reconstruction_weight=0.2, reference_cp=published)
+    output = run(method, batch, STUDENT)
+    # The GAN's gradient is divided, not its value; the reconstruction stays; VSD is normalised per N-th of a clip.
+    assert output.terms["gan"].value.item() == plain.terms["gan"].value.item()
+    assert {name: term.weight for name, term in output.terms.items()} == {"vsd": 1.0, "gan": 0.3 / published, "reconstruction": 0.2}
+    assert output.terms["reconstruction"].value.item() == plain.terms["reconstruction"].value.item()
+    draws, condition = method.draw(batch, STUDENT), condition_of(batch, DIFFUSION, 3, STUDENT)
+    again, scores = method.student_step(batch.latent_BCTHW, draws, condition)
+    vsd, inverses = chunked_vsd(scores, published)
+    for value in (output.terms["vsd"].value, again.terms["vsd"].value):
+        torch.testing.assert_close(value, vsd, rtol=1e-9, atol=0)
+    if inverses.isfinite().all():
+        torch.testing.assert_close(again.metrics["vsd_weight"], (draws.sigma_B[:, None] ** 2 * inverses).mean(), rtol=1e-9, atol=0)
+    assert inverses.isfinite().all() == (published < 4)  # up to two of four frames are given
+    assert (published == 1) is (output.terms["vsd"].value.item() == pytest.approx(plain.terms["vsd"].value.item(), rel=1e-6))
+
+
+def test_the_critics_are_not_scaled(make_method, make_batch):
+    options = {"r1_weight": 0.7, "gan_weight": 0.3}
+    plain, published = (run(make_method(reference_cp=n, **options), make_batch(), CRITIC) for n in (0, 4))
+    assert values(plain) == values(published)
+    assert {name: term.weight for name, term in published.terms.items()} == {"fake_score": 1.0, "discriminator": 1.0, "r1": 0.7}
+
+
+def test_the_normaliser_of_a_cut_clip_is_the_mean_over_its_parts(make_method, make_batch):
+    half, asked = make_batch(range(3)).cut(0, 2), []
+
+    def across(scale: Tensor) -> Tensor:
+        asked.append(scale)
+        return 2 * scale  # the other part's is the same
+
+    alone, together = make_method(), make_method(across=across)
+    draws, condition = alone.draw(half, STUDENT), condition_of(half, DIFFUSION, 3, STUDENT)
+    expected, scores = alone.student_step(half.latent_BCTHW, draws, condition)
+    output = run(together, half, STUDENT)  # the step knows into how many parts its batch is cut
+    assert values(output) == pytest.approx(values(expected), rel=1e-12)
+    assert output.metrics["vsd_weight"].item() == pytest.approx(expected.metrics["vsd_weight"].item(), rel=1e-12)
+    (scale,) = asked
+    torch.testing.assert_close(scale, (scores.y - scores.guided_x0).abs().mean(dim=(1, 2, 3, 4), keepdim=True).detach())
+    assert not scale.requires_grad
+    # With a part that says three times as much the mean is twice this one's, and the loss a quarter.
+    larger = run(make_method(across=lambda scale: 4 * scale), half, STUDENT)
+    assert values(larger)["vsd"] == pytest.approx(values(expected)["vsd"] / 4, rel=1e-12)
+    assert values(larger)["gan"] == values(expected)["gan"]
+
+
+def test_published_chunks_are_counted_in_whole_clips(make_method, make_batch):
+    half = make_batch(range(3)).cut(1, 2)
+
+    def across(scale: Tensor) -> Tensor:
+        pytest.fail("a chunk lies on one holder")
+
+    method = make_method(across=across, reference_cp=4)
+    for network in method.networks.values():
+        for module in network.modules():
+            if hasattr(module, "part"):
+                module.part = 1
+    draws, condition = method.draw(half, STUDENT), condition_of(half, DIFFUSION, 3, STUDENT)
+    output, scores = method.student_step(half.latent_BCTHW, draws, condition, half.parts)
+    torch.testing.assert_close(output.terms["vsd"].value, chunked_vsd(scores, 2)[0], rtol=1e-9, atol=0)
+
+
 def test_without_guidance_the_negative_prompt_is_never_asked(make_method, make_batch):
     method, teacher = make_method(guidance=0.0), []
     listen(method.networks["teacher"], teacher)
@@ -296,6 +377,23 @@ def test_critic_terms(make_method, make_batch, space, feature_role):
     for name in ("fake_logit", "real_logit"):
         assert output.metrics[name].item() == pytest.approx(expected[name])
     assert expected["r1"] > 1e-6
+
+
+@pytest.mark.parametrize(("r1_weight", "judged"), [(0.0, 2), (1.0, 3)])
+def test_the_discriminator_is_called_once_per_critic_step(make_method, make_batch, r1_weight, judged):
+    # Sharded weights are gathered and their gradients reduced once; the order is fake, real, nudged.
+    method, batch, calls = make_method(r1_weight=r1_weight, r1_sigma=2.0), make_batch(range(3)), []
+    method.networks["discriminator"].register_forward_hook(lambda _, args, out: calls.append((args[0], out)))
+    output = run(method, batch, CRITIC)
+    ((features, logits),) = calls
+    assert [len(feature) for feature in features] == [3 * judged] * 2 and logits.shape == (3 * judged, 2)
+    fake, real, *nudged = logits.chunk(judged)
+    assert output.metrics["fake_logit"].item() == pytest.approx(fake.mean().item())
+    assert output.metrics["real_logit"].item() == pytest.approx(real.mean().item())
+    assert len(nudged) == judged - 2 and ("r1" in output.terms) is bool(nudged)
+    calls.clear()
+    run(method, batch, STUDENT)
+    assert len(calls) == 1
 
 
 def test_real_and_fake_are_judged_at_one_level_under_the_prompt_with_noises_of_their_own(make_method, make_batch):

@@ -68,6 +68,51 @@ def test_vsd_weight_is_sigma_over_the_mean_error_in_noise():
     torch.testing.assert_close(losses.vsd_weight(SIGMA, losses.vsd_scale(y, teacher_x0)).flatten(), expected, rtol=1e-10, atol=0)
 
 
+def test_vsd_scale_is_one_number_per_sample_or_per_chunk_of_frames():
+    y, teacher_x0 = (torch.randn(3, 2, 6, 3, 4, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (0, 1))
+    whole = losses.vsd_scale(y, teacher_x0)
+    assert whole.shape == (3, 1, 1, 1, 1) and torch.equal(whole, losses.vsd_scale(y, teacher_x0, chunks=1))
+    torch.testing.assert_close(whole, (y - teacher_x0).abs().mean(dim=(1, 2, 3, 4), keepdim=True), rtol=1e-14, atol=0)
+    for chunks in (2, 3, 6):
+        scale = losses.vsd_scale(y, teacher_x0, chunks)
+        assert scale.shape == (3, 1, 6, 1, 1)
+        for index, (part, of_y, of_teacher) in enumerate(zip(*(x.chunk(chunks, dim=2) for x in (scale, y, teacher_x0)), strict=True)):
+            torch.testing.assert_close(part, losses.vsd_scale(of_y, of_teacher).expand_as(part), rtol=1e-14, atol=0, msg=f"chunk {index}")
+        assert scale.flatten(1).std(dim=1).min() > 1e-3  # the chunks differ
+        torch.testing.assert_close(scale.mean(dim=2, keepdim=True), whole, rtol=1e-12, atol=0)
+
+
+def test_vsd_scale_is_never_zero():
+    for dtype in (torch.float32, torch.float64):
+        y = draw(0).to(dtype)
+        for chunks in (1, 2):
+            scale = losses.vsd_scale(y, y.clone(), chunks)
+            assert scale.dtype == dtype and (scale > 0).all() and (1 / scale).isfinite().all()
+
+
+def test_vsd_loss_with_a_scale_that_is_given():
+    y, teacher_x0, fake_x0 = draw(0).requires_grad_(), draw(1), draw(2)
+    own = losses.vsd_scale(y, teacher_x0)
+    assert torch.equal(losses.vsd_loss(y, teacher_x0, fake_x0), losses.vsd_loss(y, teacher_x0, fake_x0, own))
+    torch.testing.assert_close(losses.vsd_loss(y, teacher_x0, fake_x0, 2 * own), losses.vsd_loss(y, teacher_x0, fake_x0) / 4)
+    per_frame = torch.tensor([0.5, 4.0], dtype=torch.float64)[None, None, :, None, None].expand(3, 1, 2, 1, 1).clone().requires_grad_()
+    loss = losses.vsd_loss(y, teacher_x0, fake_x0, per_frame)
+    direction = (fake_x0 - teacher_x0) / per_frame.detach()
+    torch.testing.assert_close(loss, 0.5 * direction.pow(2).mean(), rtol=1e-12, atol=0)
+    loss.backward()
+    torch.testing.assert_close(y.grad, direction / y.numel(), rtol=1e-10, atol=1e-14)
+    assert per_frame.grad is None  # the scale is a constant
+
+
+def test_vsd_weight_has_the_shape_of_the_scale():
+    scale = torch.rand(3, 1, 2, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+    weight = losses.vsd_weight(SIGMA, scale)
+    assert weight.shape == scale.shape
+    for b in range(3):
+        for t in range(2):
+            assert weight[b, 0, t].item() == pytest.approx(SIGMA[b].item() ** 2 / scale[b, 0, t].item(), rel=1e-14)
+
+
 def test_fake_score_loss_in_noise_space():
     y, eps, fake_eps = draw(0).requires_grad_(), draw(1), draw(2).requires_grad_()
     x0 = (y + SIGMA_B * eps).detach() - SIGMA_B * fake_eps

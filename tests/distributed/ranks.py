@@ -1,6 +1,6 @@
 """A few processes on this machine as the ranks of a run.
 
-They are forked from this process, which has imported everything, so a start takes a tenth of a second and any closure will do.
+They are forked from this process, which has imported everything, so a start takes tenths of a second and any closure will do.
 """
 
 from __future__ import annotations

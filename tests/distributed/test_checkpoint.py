@@ -180,6 +180,16 @@ def test_parts_are_stored_once_and_by_the_ranks_that_hold_them(runs):
         assert min(elements) > 0 and max(elements) < 1.7 * sum(elements) / world, (name, elements)
 
 
+def test_each_rank_reads_back_for_its_checksum_what_it_wrote(run_ranks, tmp_path):
+    def save(rank):
+        seen, sha256 = [], saver.file_sha256
+        saver.file_sha256 = lambda file: seen.append(file.name) or sha256(file)
+        write(rank, tmp_path, ParallelConfig(), 2)
+        return sorted(seen)
+
+    assert run_ranks(3, save) == [[".metadata", "__0_0.distcp", "config.json"], ["__1_0.distcp"], ["__2_0.distcp"]]
+
+
 def test_one_role_is_read_straight_into_its_parts(run_ranks, runs):
     """And no rank reads more than the stored parts that overlap with its own."""
     own = [name.removeprefix("model/student/") for name in wholes() if name.startswith("model/student/")]

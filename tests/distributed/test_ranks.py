@@ -18,9 +18,9 @@ def test_results_come_in_the_order_of_the_ranks(run_ranks):
     kept = torch.arange(3)  # reached by closure, not by pickling
 
     def work(rank, factor):
-        time.sleep(0.2 * (rank == 0))
         total = torch.tensor(float(rank))
         dist.all_reduce(total)
+        time.sleep(0.4 * (rank == 0))  # the first rank answers last
         return rank, kept * rank * factor, total
 
     for rank, (said, own, total) in enumerate(run_ranks(3, work, 10)):
@@ -81,9 +81,18 @@ def test_a_result_that_cannot_be_sent_is_an_error_of_its_rank(run_ranks):
         run_ranks(1, lambda rank: (value for value in ()))
 
 
-def test_a_rank_that_dies_is_named(run_ranks):
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_rank_that_dies_is_named(run_ranks, waits):
+    """Whether the other one notices, which is an error there too, or not."""
+
+    def work(rank):
+        if rank == 1:
+            os._exit(7)
+        if waits:
+            dist.barrier()
+
     with pytest.raises(RuntimeError, match="^rank 1 died with exit code 7"):
-        run_ranks(2, lambda rank: os._exit(7) if rank == 1 else dist.barrier())
+        run_ranks(2, work, timeout=20)
 
 
 def test_ranks_that_hang_are_named_with_their_places(run_ranks):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -182,9 +183,9 @@ def cluster(tmp_path):
     cluster = Cluster(tmp_path)
     yield cluster
     for process in cluster.started:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):  # also what a failed script has left behind
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
 
 
 @pytest.fixture

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cosmos_mp.config import HeadConfig
+from cosmos_mp.models.discriminator import ClipNorm
 
 KINDS = ["conv3d", "conv2d", "attention", "spatial_temporal"]
 
@@ -123,3 +129,126 @@ def test_heads_over_single_frames_take_one(make_discriminator, kind):
 def test_as_many_features_as_heads(make_discriminator):
     with pytest.raises(ValueError):
         make_discriminator(HeadConfig("conv3d", 16, (1, 2)), channels=12)(features(1))
+
+
+# --- Frames of a sample on several holders ---
+
+
+class Holders:
+    """Threads that each hold a part of the frames and add tensors up among them, as ranks would; gradients flow through the sums."""
+
+    def __init__(self, count: int):
+        self.barrier, self.parts = threading.Barrier(count, timeout=30), [None] * count
+        self.sums = 0
+
+    def across(self, place: int) -> Callable[[Tensor], Tensor]:
+        def add_up(x: Tensor) -> Tensor:
+            self.parts[place] = x
+            self.barrier.wait()
+            total = sum(self.parts[1:], self.parts[0])
+            self.barrier.wait()
+            self.sums += place == 0
+            return total
+
+        return add_up
+
+    def run(self, work: list[Callable[[], Tensor]]) -> list[Tensor]:
+        with ThreadPoolExecutor(len(work)) as pool:
+            return [future.result() for future in [pool.submit(one) for one in work]]
+
+
+def held_apart(network: torch.nn.Module, holders: Holders, place: int) -> torch.nn.Module:
+    """The same parameters in a network of this holder."""
+    mine = copy.deepcopy(network)
+    for module, own in zip(network.modules(), mine.modules(), strict=True):
+        for name, p in module._parameters.items():
+            own._parameters[name] = p
+        if hasattr(own, "across"):
+            own.across = holders.across(place)
+        if hasattr(own, "part"):
+            own.part = place
+    return mine
+
+
+def norm_of(dtype: torch.dtype, channels: int = 16) -> ClipNorm:
+    norm = ClipNorm(8, channels).to(dtype)
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.copy_(torch.randn(p.shape, generator=draw, dtype=torch.float64))
+    return norm
+
+
+@pytest.mark.parametrize("frames", [(2, 2), (1, 3), (1, 2, 1)])
+def test_the_norm_over_parts_is_group_norm_of_the_whole(frames):
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 16, sum(frames), 2, 3, generator=draw, dtype=torch.float64)
+    x = x * torch.arange(1, sum(frames) + 1)[None, None, :, None, None] + 3  # the parts differ in mean and spread
+    probe = torch.randn(x.shape, generator=draw, dtype=torch.float64)
+    norm, leaf = norm_of(torch.float64), x.clone().requires_grad_()
+    whole = F.group_norm(leaf, 8, norm.weight, norm.bias)
+    assert torch.equal(norm(leaf), whole)  # by itself it is one
+    expected = torch.autograd.grad((whole * probe).sum(), (leaf, norm.weight, norm.bias))
+
+    holders = Holders(len(frames))
+    norms = [held_apart(norm, holders, place) for place in range(len(frames))]
+    leaves = [part.clone().requires_grad_() for part in x.split(frames, dim=2)]
+    parts = holders.run([lambda norm=norm, part=part: norm(part) for norm, part in zip(norms, leaves, strict=True)])
+    torch.testing.assert_close(torch.cat(parts, dim=2), whole, rtol=1e-12, atol=1e-12)
+    assert holders.sums == 2
+    objective = sum((part * own).sum() for part, own in zip(parts, probe.split(frames, dim=2), strict=True))
+    *got, weight, bias = torch.autograd.grad(objective, (*leaves, norm.weight, norm.bias))
+    for ours, theirs in zip((torch.cat(got, dim=2), weight, bias), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_a_large_mean_does_not_cost_the_norm_its_digits():
+    x = 1e4 + torch.randn(1, 16, 4, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact, norm, holders = norm_of(torch.float64)(x.float().double()), norm_of(torch.float32), Holders(2)
+    norms = [held_apart(norm, holders, place) for place in range(2)]
+    parts = holders.run([lambda n=n, part=part: n(part) for n, part in zip(norms, x.float().chunk(2, dim=2), strict=True)])
+    assert (torch.cat(parts, dim=2) - exact).abs().max() < 0.02  # E[x^2] - E[x]^2 would be off by whole units
+
+
+def test_the_norm_sums_in_float32_and_answers_in_its_type():
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 16, 4, 16, 16, generator=draw).bfloat16()
+    norm, holders, seen = norm_of(torch.bfloat16), Holders(2), set()
+    norms = [held_apart(norm, holders, place) for place in range(2)]
+    for own in norms:
+        own.across = lambda total, add_up=own.across: seen.add(total.dtype) or add_up(total)
+    parts = holders.run([lambda n=n, part=part: n(part) for n, part in zip(norms, x.chunk(2, dim=2), strict=True)])
+    assert seen == {torch.float32} and {part.dtype for part in parts} == {torch.bfloat16}
+    expected = F.group_norm(x.float(), 8, norm.weight.float(), norm.bias.float())
+    torch.testing.assert_close(torch.cat(parts, dim=2).float(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(("kind", "first_frame"), [("conv3d", 0), ("conv3d", 2), ("conv2d", 0), ("conv2d", 1), ("conv2d", 3)])
+def test_logits_over_parts_are_those_of_the_whole_on_every_holder(make_discriminator, kind, first_frame):
+    discriminator = make_discriminator(HeadConfig(kind, 16, (1, 3), first_frame=first_frame), channels=12)
+    scale = torch.arange(1, 9, dtype=torch.float64).reshape(1, -1, 1, 1, 1)
+    inputs = [(x * scale).requires_grad_() for x in features(frames=8)]
+    whole = discriminator(inputs)
+    parameters = list(discriminator.parameters())
+    expected = torch.autograd.grad(whole.pow(2).mean(), [*inputs, *parameters])
+    holders = Holders(2)
+    own = [held_apart(discriminator, holders, place) for place in range(2)]
+    parts = [[x.detach().chunk(2, dim=1)[place].clone().requires_grad_() for x in inputs] for place in range(2)]
+    found = holders.run([lambda d=d, part=part: d(part) for d, part in zip(own, parts, strict=True)])
+    for logits in found:
+        torch.testing.assert_close(logits, whole, rtol=1e-12, atol=1e-12)
+    # The holders' objectives are averaged, as dp x cp averages gradients.
+    gradients = torch.autograd.grad(sum(logits.pow(2).mean() for logits in found) / 2, [*parts[0], *parts[1], *parameters])
+    joined = [torch.cat([gradients[i], gradients[2 + i]], dim=1) for i in range(2)]
+    for ours, theirs in zip([*joined, *gradients[4:]], expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["conv3d", "conv2d"])
+@pytest.mark.parametrize(("part", "first_frame", "hidden"), [(0, 0, 0), (0, 2, 2), (1, 2, 0), (1, 4, 0), (1, 6, 2), (3, 2, 0)])
+def test_first_frame_counts_from_the_beginning_of_the_clip(make_discriminator, kind, part, first_frame, hidden):
+    discriminator = make_discriminator(HeadConfig(kind, 16, (1,), first_frame=first_frame), channels=12)
+    plain = make_discriminator(HeadConfig(kind, 16, (1,)), channels=12)
+    discriminator.part = part
+    (x,) = features(1)
+    assert torch.equal(discriminator([x]), plain([x[:, hidden:]]))

@@ -119,3 +119,22 @@ def test_position_table_too_small_names_axis_and_option(axis, grid):
     position = build(lambda: embeddings.LearnedPosition(4, 3, 2, 5), "cpu")
     with pytest.raises(ValueError, match=rf"{axis}={max(grid) if axis == 'W' else grid['THW'.index(axis)]} .*net\.max_latent"):
         position(*grid)
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_a_grid_may_start_within_its_clip(first):
+    fps = torch.tensor([24.0, 10.0]).double()
+    common = {"fps_B": fps, "ratio": (2.0, 1.0, 1.0), "theta": 10000.0, "base_fps": 24.0}
+    whole = embeddings.rope_angles(5, 2, 3, 12, **common)
+    assert torch.equal(embeddings.rope_angles(2, 2, 3, 12, first_frame=first, **common), whole[first * 6 : (first + 2) * 6])
+    position = build(lambda: embeddings.LearnedPosition(4, 5, 2, 3), "cpu", torch.float64)
+    with torch.no_grad():
+        for table in position.parameters():
+            table.copy_(torch.randn(table.shape, generator=torch.Generator().manual_seed(len(table)), dtype=torch.float64))
+        assert torch.equal(position(2, 2, 3, first), position(5, 2, 3)[first * 6 : (first + 2) * 6])
+
+
+def test_a_grid_that_starts_too_late_for_the_table_is_refused():
+    position = build(lambda: embeddings.LearnedPosition(4, 5, 2, 3), "cpu")
+    with pytest.raises(ValueError, match=r"T=6 exceeds the position table's 5: raise net\.max_latent"):
+        position(2, 2, 3, 4)

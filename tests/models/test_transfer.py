@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 
 from cosmos_mp.backends.local import LocalBackend
@@ -35,3 +36,18 @@ def test_without_control_the_branch_does_not_run(make_network, make_input):
     assert torch.equal(network(call).out, network.base(call).out) and not calls
     network(dataclasses.replace(call, control_BCTHW=call.x_BCTHW))
     assert calls == [1]
+
+
+@pytest.mark.parametrize("control", [True, False])
+def test_a_call_is_cast_to_the_type_of_the_weights_but_time_and_rate_stay(make_network, make_input, control):
+    network = make_network(dtype=torch.float32)
+    call = make_input() if control else make_input(control_BCTHW=None)
+    cast = call.to(torch.float32)
+    for f in dataclasses.fields(call):
+        value, expected = getattr(cast, f.name), getattr(call, f.name)
+        if f.name in ("timestep_B", "fps_B") or expected is None:
+            assert value is expected
+        else:
+            assert value.dtype == torch.float32 and torch.equal(value, expected.float()), f.name
+    out = network(call).out
+    assert out.dtype == torch.float32 and torch.equal(out, network(cast).out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -158,3 +160,48 @@ def test_fingerprint_is_of_the_values_in_whatever_type_they_are_stored(make_netw
     assert reference != fingerprint(weights)  # rounding changed the values
     transposed = {name: value.t().contiguous().t() if value.dim() == 2 else value for name, value in weights.items()}
     assert fingerprint(transposed) == fingerprint(weights)  # of the numbers, not of their order in memory
+
+
+# --- Of what a rank holds ---
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A rank's rectangle of a weight: rows from `first` on."""
+
+    shape: torch.Size
+    parameter: torch.nn.Parameter
+    first: int
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole[self.first : self.first + len(self.parameter)]
+
+
+def cuts(weights: dict[str, torch.Tensor], part: int) -> dict[str, Cut]:
+    """One of two parts of everything, the second one shorter where the rows are odd, and empty where there is one."""
+    made = {}
+    for name, value in weights.items():
+        rows = -(-len(value) // 2)
+        first, count = part * rows, (rows, len(value) - rows)[part]
+        made[name] = Cut(value.shape, torch.nn.Parameter(torch.full((count, *value.shape[1:]), 9.0)), first)
+    return made
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_rank_starts_with_its_part_of_the_first_values(make_new, part):
+    whole = copies(make_new(3))
+    held = cuts(whole, part)
+    initialize(held, 3)
+    for name, piece in held.items():
+        assert torch.equal(piece.parameter, piece.of(whole[name])), name
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_rank_loads_its_part_and_compares_whole_shapes(make_network, part):
+    weights = copies(make_network(dtype=torch.float32))
+    held = cuts(weights, part)
+    load_weights(held, weights, "file")
+    assert all(torch.equal(piece.parameter, piece.of(weights[name])) for name, piece in held.items())
+    name = "control.zero.1.weight"
+    with pytest.raises(WeightError, match=rf"1 of another shape: {name} is \(12, 24\), expected \(24, 24\)"):
+        load_weights(held, weights | {name: weights[name][:12]}, "file")

@@ -95,8 +95,7 @@ def test_every_block_runs_again_in_the_backward_pass(step):
 
 def test_selective_takes_products_and_attention_from_its_store_and_runs_norms_again(step):
     plain, again = step(None), step("selective")
-    assert plain.forward == again.forward  # the first time everything runs
-    assert again.forward[PRODUCTS] >= 14 * BLOCKS and again.forward[ATTENTION] == 2 * BLOCKS
+    assert again.forward[PRODUCTS] == plain.forward[PRODUCTS] > 16 * BLOCKS and again.forward[ATTENTION] == 2 * BLOCKS
     # In the backward pass a product more would be one that ran again: its gradients are products themselves.
     assert again.backward[PRODUCTS] == plain.backward[PRODUCTS] < step("full").backward[PRODUCTS]
     assert again.backward[ATTENTION] == plain.backward[ATTENTION] == 0

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,13 +17,13 @@ import pytest
 import torch
 from torch import nn
 
-from cosmos_mp.config import EMAConfig, OptimConfig, TrainConfig
+from cosmos_mp.config import ConfigError, EMAConfig, OptimConfig, TrainConfig
 from cosmos_mp.data.batch import Batch
 from cosmos_mp.distill.method import StepOutput, Term
 from cosmos_mp.parallel import noise
 from cosmos_mp.training import checkpoint
 from cosmos_mp.training.callbacks import Callback, JsonLines
-from cosmos_mp.training.loop import Event, NonFiniteError, Result, State, fit
+from cosmos_mp.training.loop import Event, NonFiniteError, Result, State, fit, micro_batches
 from cosmos_mp.training.optim import learning_rate
 
 CRITICS = ("fake_score", "discriminator")
@@ -244,6 +245,21 @@ def test_event_and_log_carry_every_term(uninterrupted):
     assert first.terms["gan"] < 0 and log_of(run_dir)[0]["terms"]["gan"] == first.terms["gan"]
     assert first.terms["total"] == pytest.approx(first.terms["vsd"] + 0.25 * first.terms["gan"])
     assert first.samples_per_second == pytest.approx(4 / first.seconds)
+
+
+# --- Micro-batches ---
+
+
+@pytest.mark.parametrize(("batch", "micro", "dp", "count"), [(8, 1, 1, 8), (8, 2, 1, 4), (8, 2, 4, 1), (8, 2, 2, 2), (6, 1, 3, 2)])
+def test_micro_batches_of_a_rank(batch, micro, dp, count):
+    assert micro_batches(TrainConfig(global_batch_size=batch, micro_batch_size=micro), dp) == count
+
+
+@pytest.mark.parametrize(("batch", "micro", "dp"), [(8, 2, 3), (8, 1, 16), (6, 3, 4)])
+def test_a_global_batch_that_does_not_divide_over_the_ranks_is_refused(batch, micro, dp):
+    said = f"train.global_batch_size={batch} is no multiple of train.micro_batch_size={micro} x {dp} data-parallel ranks = {micro * dp}"
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        micro_batches(TrainConfig(global_batch_size=batch, micro_batch_size=micro), dp)
 
 
 # --- Not finite ---

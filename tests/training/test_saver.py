@@ -202,6 +202,14 @@ def test_disk_full_at_any_place_of_a_save(tmp_path, monkeypatch, nth):
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
 
 
+def test_a_complaint_calls_intact_what_is(tmp_path, monkeypatch):
+    paths = saved(tmp_path, 2, 4)
+    (paths[1] / "COMPLETE.json").unlink()
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(CheckpointWriteError, match="iter_00000006 could not .*; iter_00000002 is intact"):
+        saved(tmp_path, 6)
+
+
 # --- Beside the training ---
 
 

@@ -24,10 +24,11 @@ from cosmos_mp.distill.teacher import TeacherPretraining
 from cosmos_mp.options import load
 from cosmos_mp.parallel.topology import single_process
 from cosmos_mp.roles import new_transfer_net
+from cosmos_mp.training import stage
 from cosmos_mp.training.checkpoint import CheckpointError, latest, load_weights_of
 from cosmos_mp.training.logs import lines
 from cosmos_mp.training.pictures import picture_grid
-from cosmos_mp.training.stage import INTERRUPTED, open_held_out, open_store, train
+from cosmos_mp.training.stage import INTERRUPTED, check_run, meet, open_held_out, open_store, train
 
 
 @pytest.fixture
@@ -183,8 +184,59 @@ def test_a_folder_where_another_process_trains_is_refused(run, tmp_path):
     assert run("a", "--train.iterations", 1) == 0
 
 
-def test_two_processes_do_not_train_into_one_folder(run, monkeypatch):
+# --- Layouts ---
+
+
+@pytest.fixture
+def joined(monkeypatch) -> list:
+    """The layouts for which groups would have been made."""
+    asked: list = []
+    monkeypatch.setattr(stage, "join", lambda options: asked.append(options) or "topology")
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "options", "said"),
+    [
+        ("teacher", 3, ["--parallel.tp", 2], "parallel.tp=2 x parallel.cp=1 = 2 does not divide 3 process"),
+        ("kd", 4, ["--parallel.dp", 2], "x parallel.dp=2 = 2, but 4 process.* were started: start 2, or set parallel.dp to 4 or 0"),
+        ("teacher", 8, ["--parallel.tp", 8], "parallel.tp=8 does not divide net.heads=4: give one of 1, 2, 4"),
+        ("teacher", 2, ["--parallel.cp", 2], "parallel.cp=2 does not divide the 3 latent frames"),
+        ("kd", 3, [], "global_batch_size=4 is no multiple of .*micro_batch_size=2 x 3 data-parallel ranks = 6"),
+        ("dmd2", 3, ["--parallel.cp", 3, "--parallel.cp_attention", "ring"], "head.kind=conv3d joins frames in pairs"),
+        ("dmd2", 1, ["--parallel.reference_cp_scaling", 2], "parallel.reference_cp_scaling=2 must be"),
+    ],
+)
+def test_a_run_that_does_not_fit_its_processes_is_refused_before_any_group_is_made(
+    tiny_world, monkeypatch, joined, kind, world, options, said
+):
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="2 processes were started"):
-        run("two")
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    settings = tiny_world.config(kind, "unused", *options)
+    with pytest.raises(ConfigError, match=said):
+        meet(settings)
+    assert joined == []
+
+
+def test_a_run_that_fits_joins_with_its_layout(tiny_world, monkeypatch, joined):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    settings = tiny_world.config("teacher", "unused", "--parallel.tp", 2, "--parallel.sequence_parallel")
+    assert meet(settings) == "topology"
+    assert joined == [settings.parallel] and settings.parallel.tp == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "options", "dp"),
+    [
+        ("teacher", 1, [], 1),
+        ("teacher", 2, [], 2),
+        ("kd", 4, ["--parallel.tp", 2], 2),
+        ("kd", 3, ["--parallel.cp", 3, "--parallel.cp_attention", "ring"], 1),
+        ("dmd2", 3, ["--parallel.cp", 3, "--parallel.cp_attention", "ring", "--head.kind", "conv2d"], 1),
+        # Without a GAN there is no head that could be in the way.
+        ("dmd2", 3, ["--parallel.cp", 3, "--parallel.cp_attention", "ring", "--dmd2.gan_weight", 0], 1),
+    ],
+)
+def test_the_data_parallel_size_of_a_run_that_fits(tiny_world, kind, world, options, dp):
+    assert check_run(tiny_world.config(kind, "unused", *options), world) == dp

@@ -1,0 +1,1 @@
+"""Measurements of this package against the published procedure and against its own formulas."""
