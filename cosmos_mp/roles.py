@@ -52,7 +52,8 @@ def load_transfer_net(net: NetConfig, topology: Topology, source: str, role: str
     network = transfer_net(net, topology, recompute)
     pieces = Pieces(network, topology)
     if is_run(source):
-        load_role(Path(source), role, {name: pieces.as_stored(name, piece.parameter.detach()) for name, piece in pieces.items()})
+        table = {name: pieces.as_stored(name, piece.parameter.detach()) for name, piece in pieces.items()}
+        load_role(Path(source), role, table, topology=topology)
     else:
         load_weights(pieces, read_weights(source, role), source)
     return network

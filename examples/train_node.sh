@@ -43,7 +43,7 @@ export MASTER_PORT
 
 # Not torchrun, measured with torch 2.13: it ends with 1 and a traceback when its processes end with 75, and leaves the others 30 s from the
 # first one's end or from a signal, which may cut a save short.
-pids=()
+pids=() killers=()
 lines() { trap '' INT TERM; exec sed -u "$1"; } # Ctrl-C ends the stage, not what reads its last words
 tell() { kill "-$1" "${pids[@]}" 2>/dev/null || true; }
 trap 'tell TERM' TERM
@@ -58,7 +58,8 @@ for ((rank = 0; rank < gpus; rank++)); do
   pids+=($!)
 done
 
-# A process that fails ends the run, since the others wait for it. Those that have saved wait for the rest.
+# One that fails ends the run, since the others wait for it: they are told to end, and have 15 s to say whom they miss. Those that have saved
+# wait for the rest.
 code=0
 while [ ${#pids[@]} -gt 0 ]; do
   status=0
@@ -72,8 +73,11 @@ while [ ${#pids[@]} -gt 0 ]; do
     75) [ "$code" -ne 0 ] || code=75 ;;
     *)
       [ "$code" -ne 0 ] && [ "$code" -ne 75 ] || code=$status
-      tell KILL
+      tell TERM
+      (sleep 15 && tell KILL) >/dev/null 2>&1 &
+      killers+=($!)
       ;;
   esac
 done
+for killer in "${killers[@]}"; do kill "$killer" 2>/dev/null || true; done
 exit "$code"

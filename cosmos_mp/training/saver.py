@@ -119,7 +119,7 @@ class Saver:
         if cause is None:
             self._new.append(target)
             return
-        if self._thread is not None and (self.rank == 0 or not isinstance(cause, RankError)):  # not all ranks may see the latter
+        if self._thread is not None and (self.rank == 0 or not isinstance(cause, RankError)):  # rank 0 may be the one that is gone
             log.error("%s", problem)  # it is raised only where the ranks meet next
         raise CheckpointWriteError(problem) from cause
 

@@ -1,0 +1,124 @@
+"""Ranks that die, stop or hang, and whole runs that are killed: the others end in time and say who; what was saved goes on bit for bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cosmos_mp.config import ParallelConfig
+
+TIMEOUT = 4.0
+"""Of the collectives, seconds."""
+
+
+@pytest.fixture
+def start(runs, tmp_path):
+    """Starts ranks that nobody waits for; every one writes what became of it into a file of its own."""
+    spec = importlib.util.spec_from_file_location("ranks_here", Path(__file__).with_name("ranks.py"))
+    ranks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ranks)
+    context, started = multiprocessing.get_context("fork"), []
+
+    def begin(world: int, name: str, work) -> list:
+        folder = tmp_path / name
+        folder.mkdir()
+
+        def rank_main(rank: int) -> None:
+            ranks.initialize(rank, world, folder, TIMEOUT - 10)
+            try:
+                text = f"done {work(rank)}"
+            except BaseException as error:
+                text = f"{type(error).__name__}: {error}"
+            (folder / f"told.{rank}").write_text(text)
+            os._exit(0)  # as a stage ends that has lost a rank
+
+        processes = [context.Process(target=rank_main, args=(rank,), daemon=True) for rank in range(world)]
+        for process in processes:
+            process.start()
+        started.extend(processes)
+        return processes
+
+    yield begin
+    for process in started:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGCONT)
+        process.kill()
+        process.join()
+
+
+def wait_for(paths: list[Path], seconds: float) -> list[str]:
+    deadline = time.monotonic() + seconds
+    while not all(path.exists() and path.read_text() for path in paths):
+        assert time.monotonic() < deadline, f"{[path.name for path in paths if not path.exists()]} not there after {seconds} s"
+        time.sleep(0.05)
+    return [path.read_text() for path in paths]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def hang() -> None:
+    time.sleep(1000)
+
+
+@pytest.mark.parametrize(
+    ("fate", "words"),
+    [(die, "no answer from rank 1, dead or stopped"), (stop, "no answer from rank 1"), (hang, "rank 1 is reading data for")],
+)
+def test_the_others_end_in_time_and_name_the_rank(start, runs, tmp_path, fate, words):
+    class Fateful(runs.Clips):
+        def batch(self, position: int, size: int):
+            if position >= 12 and torch.distributed.get_rank() == 1:
+                fate()
+            return super().batch(position, size)
+
+    config, layout = replace(runs.TRAIN, iterations=50, global_batch_size=3, micro_batch_size=1), ParallelConfig(timeout=TIMEOUT)
+
+    def work(rank: int) -> None:
+        runs.train("kd", layout, config, clips=Fateful(torch.float64), run_dir=tmp_path / "run")
+
+    began = time.monotonic()
+    start(3, "ranks", work)
+    told = wait_for([tmp_path / "ranks" / f"told.{rank}" for rank in (0, 2)], 40)
+    assert time.monotonic() - began < 30
+    for text in told:
+        assert text.startswith("LostRank: rank ") and "in iteration" in text and "start the same command again" in text, text
+    assert any(words in text for text in told), told
+
+
+def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(start, run_ranks, runs, tmp_path):
+    config = replace(runs.TRAIN, iterations=14, save_every=1, keep_last=2)
+    layout = ParallelConfig(tp=2)
+    straight = run_ranks(2, lambda rank: runs.train("dmd2", layout, config, run_dir=tmp_path / "straight"))
+    moments = random.Random(0)
+    kills = 0
+    for attempt in range(40):
+        processes = start(2, f"attempt{attempt}", lambda rank: runs.train("dmd2", layout, config, run_dir=tmp_path / "run"))
+        if kills < 6:
+            time.sleep(moments.uniform(0.5, 4.0))  # at least once in a save: one is made after every iteration
+            for process in processes:
+                process.kill()
+            kills += any(not (tmp_path / f"attempt{attempt}" / f"told.{rank}").exists() for rank in range(2))
+        for process in processes:
+            process.join(60)
+        if all((tmp_path / f"attempt{attempt}" / f"told.{rank}").exists() for rank in range(2)):
+            break
+    assert kills >= 3, "the run was through before it could be killed"
+    resumed = run_ranks(2, lambda rank: runs.train("dmd2", layout, config, run_dir=tmp_path / "run"))
+    for role in straight[0]["weights"]:
+        ours, theirs = runs.whole(resumed, role, "weights"), runs.whole(straight, role, "weights")
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
