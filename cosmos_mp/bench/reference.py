@@ -104,9 +104,7 @@ def nest(network: nn.Module) -> None:
                 module.forward = partial(forward, module)
 
 
-def _block(
-    self: Block, h: Tensor, position: Tensor, rotation: Rotation, text: Tensor, conditioning: Tensor, shared: Tensor
-) -> Tensor:
+def _block(self: Block, h: Tensor, position: Tensor, rotation: Rotation, text: Tensor, conditioning: Tensor, shared: Tensor) -> Tensor:
     h = h + position
     shift, scale, gate = self.self_mod(conditioning, shared)
     x = again(modulate, h, shift, scale)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cosmos_mp.bench.reference import ReferenceDMD2, reference_net
-from cosmos_mp.config import DiffusionConfig, DMD2Config, DMD2Run, EMAConfig, HeadConfig, NetConfig, OptimConfig, TextConfig, TrainConfig
+from cosmos_mp.config import DiffusionConfig, DMD2Run, EMAConfig, HeadConfig, NetConfig, OptimConfig, TextConfig, TrainConfig
 from cosmos_mp.data.batch import Batch
 from cosmos_mp.distill.dmd2 import DMD2
 from cosmos_mp.models.weights import initialize
@@ -28,14 +28,11 @@ OURS: tuple[Procedure, ...] = ("full", "selective", "none")
 DENOISERS = ("student", "teacher", "fake_score")
 
 
-def small_run(
-    *, hidden: int, heads: int, blocks: int, control_blocks: int, latent: tuple[int, int, int], head: int = 8, every: int = 5
-) -> DMD2Run:
+def small_run(*, hidden: int, heads: int, blocks: int, control_blocks: int, latent: tuple[int, int, int]) -> DMD2Run:
     """The 7B recipe with narrower networks; their proportions are the 7B's.
 
     Args:
         latent: (T, H, W).
-        every: how often the student is trained.
     """
     net = NetConfig(
         hidden=hidden,
@@ -51,9 +48,8 @@ def small_run(
     )
     return DMD2Run(
         net=net,
-        head=HeadConfig(hidden=head, feature_blocks=(blocks // 2,)),
+        head=HeadConfig(hidden=max(8, hidden * 5 // 64 // 8 * 8), feature_blocks=(blocks // 2,)),
         diffusion=DiffusionConfig(latent_shape=(16, *latent)),
-        dmd2=DMD2Config(student_update_freq=every),
         text=TextConfig("tiny", "", tokens=8, dim=net.text_dim),
     )
 

@@ -165,4 +165,3 @@ def formula(run: DMD2Run, layout: ParallelConfig, world: int, parameters: int) -
     if world // tp > shards:
         table["replicate"] = [0.0, traffic.all_reduce(held / shards, world // tp // shards)]
     return {(phase, axis): value for axis, pair in table.items() for phase, value in zip(PHASES, pair, strict=False) if value}
-

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -470,12 +470,18 @@ def test_a_node_counts_its_gpus(acted):
 # --- Real processes ---
 
 
+FEW_STEPS = ["--sampler.steps", 2]
+
+
 @pytest.fixture(scope="module")
-def world(tiny_world):
-    """The small world with a teacher of one iteration and its pairs."""
-    tiny_world.run("teacher", "teacher", "--train.iterations", 1)
-    tiny_world.run("pairs", "pairs")
-    return tiny_world
+def world(tiny_world, tmp_path_factory):
+    """The clips of the small world with a teacher of one iteration and its pairs, apart from other tests' runs."""
+    world = replace(tiny_world, root=tmp_path_factory.mktemp("launched"))
+    for name in ("clips", "tokenizer", "videos"):
+        (world.root / name).symlink_to(tiny_world.root / name)
+    world.run("teacher", "teacher", "--train.iterations", 1)
+    world.run("pairs", "pairs", *FEW_STEPS)
+    return world
 
 
 def test_a_signalled_job_saves_goes_back_to_the_queue_and_goes_on(cluster, world):
@@ -497,9 +503,8 @@ def test_a_signalled_job_saves_goes_back_to_the_queue_and_goes_on(cluster, world
 
 
 def test_two_processes_of_a_node_share_the_pairs(cluster, world):
-    code, said = finish(
-        cluster.bash("examples/train_node.sh", "pairs", *world.words("pairs", "node_pairs"), "--gpus", "2", env=cluster.env())
-    )
+    words = ["pairs", *world.words("pairs", "node_pairs", *FEW_STEPS), "--gpus", "2"]
+    code, said = finish(cluster.bash("examples/train_node.sh", *words, env=cluster.env()))
     assert code == 0, said
     assert said.count("this rank is done") + said.count(": complete") == 2
     assert ShardReader(world.root / "node_pairs").sha256 == ShardReader(world.root / "pairs").sha256
