@@ -56,9 +56,7 @@ def _print_memory(config: TeacherRun | KDRun | DMD2Run, dp: int, again: int) -> 
     trained = {name.removeprefix("optim_") for name in vars(config) if name.startswith("optim_")}
     averaged = "teacher" if isinstance(config, TeacherRun) else "student"
     lasting, most = 0, 0
-    print(
-        "per rank, predicted, in GB (1e9 bytes): masters, gradients, Adam, average | whole gradients while accumulating | gathered weights"
-    )
+    print("per rank, predicted, in 1e9 bytes: masters, gradients, Adam, average | whole gradients while accumulating | gathered weights")
     for role, network in role_networks(config).items():
         share = role_memory(
             network,
@@ -100,9 +98,8 @@ def dry_run(config: Any) -> None:
         world = max(rank_and_world()[1], model) if not parallel.dp else model * parallel.dp
         dp = check_run(config, world)
         again = micro_batches(train, dp)
-        print(
-            f"layout: {world} processes = tp {parallel.tp} x cp {parallel.cp} x dp {dp}, shards over {parallel.shard or world // parallel.tp}"
-        )
+        shards = parallel.shard or world // parallel.tp
+        print(f"layout: {world} processes = tp {parallel.tp} x cp {parallel.cp} x dp {dp}, shards over {shards}")
         print(f"batch {train.global_batch_size} = {again} x {train.micro_batch_size} x dp {dp}, {train.iterations:,} iterations")
         _print_memory(config, dp, again)
     for name in ("sampler", "dmd2"):

@@ -14,7 +14,7 @@ from cosmos_mp import presets
 from cosmos_mp.config import DMD2Run, EncodeRun, KDRun, TeacherRun
 from cosmos_mp.models.weights import named_weights
 from cosmos_mp.options import parse
-from cosmos_mp.plan.dry_run import dry_run, role_parameters, transfer_on_meta
+from cosmos_mp.plan.dry_run import dry_run, parameters, role_networks, transfer_on_meta
 
 ROOT = Path(__file__).parents[2]
 STUDENT = 8_129_705_760
@@ -31,6 +31,10 @@ for script, preset in (("pretrain_teacher", "teacher"), ("generate_pairs", "pair
 print("@memory")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
+
+
+def role_parameters(config) -> dict[str, int]:
+    return {role: parameters(network) for role, network in role_networks(config).items()}
 
 
 @pytest.fixture(scope="module")
