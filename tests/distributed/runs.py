@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -218,3 +218,39 @@ def largest_difference(results: list[dict], reference: list[dict]) -> dict[str, 
             worst = max(abs(now[name] - then[name]) / abs(then[name]) for name in then)
             found[when] = max(worst, found.get(when, 0.0))
     return found
+
+
+KINDS = {"kd": (20, {}), "dmd2": (20, {}), "critic": (1, {"critic_warmup": 1})}
+"""Runs with their lengths: KD; DMD2, which begins with a student step; and a critic step on the first weights."""
+
+
+LAYOUTS: dict[str, tuple[int, ParallelConfig, int]] = {
+    "FSDP 1": (1, ParallelConfig(), 4),
+    "TP2": (2, ParallelConfig(tp=2), 4),
+    "TP4": (4, ParallelConfig(tp=4), 4),
+    "TP2+SP": (2, ParallelConfig(tp=2, sequence_parallel=True), 4),
+    "CP2 Ulysses": (2, ParallelConfig(cp=2), 4),
+    "CP4 Ulysses": (4, ParallelConfig(cp=4), 4),
+    "CP2 ring": (2, ParallelConfig(cp=2, cp_attention="ring"), 4),
+    "CP4 ring": (4, ParallelConfig(cp=4, cp_attention="ring"), 4),
+    "TP2 x CP2": (4, ParallelConfig(tp=2, cp=2), 4),
+    "TP2+SP x CP2 ring": (4, ParallelConfig(tp=2, cp=2, sequence_parallel=True, cp_attention="ring"), 4),
+    "FSDP 2": (2, ParallelConfig(), 4),
+    "FSDP 3": (3, ParallelConfig(), 6),
+    "HSDP 2 x 2": (4, ParallelConfig(cp=2, shard=2), 4),
+    "TP2 x CP2 x DP2": (8, ParallelConfig(tp=2, cp=2), 4),
+}
+"""Ranks, layout and global batch."""
+
+
+def all_kinds(run_ranks: Callable[..., list], world: int, layout: ParallelConfig | None, batch: int) -> dict[str, list[dict]]:
+    """Results of all ranks by kind; layout None = one process whose networks are whole."""
+
+    def rank_runs(rank: int) -> dict[str, dict]:
+        return {
+            kind: train(kind, layout, replace(TRAIN, iterations=iterations, global_batch_size=batch), **options)
+            for kind, (iterations, options) in KINDS.items()
+        }
+
+    results = run_ranks(world, rank_runs, timeout=300)
+    return {kind: [result[kind] for result in results] for kind in KINDS}

@@ -60,7 +60,7 @@ def test_a_7b_stage_prints_exact_counts_and_shapes(printed, stage):
 
 
 def test_batches_and_guidance_are_printed(printed):
-    assert "batch 64 = 64 x 1, 10,000 iterations" in printed["kd"]
+    assert "batch 64 = 64 x 1 x dp 1, 10,000 iterations" in printed["kd"]
     assert "batch 64 = 64 x 1, 24,000 iterations" in printed["dmd2"]
     assert "guidance: cond + 7 (cond - uncond), which is 8 in the Ho-Salimans form" in printed["pairs"]
     assert "guidance: cond + 5 (cond - uncond), which is 6 in the Ho-Salimans form" in printed["dmd2"]
@@ -129,3 +129,23 @@ def test_what_is_wrong_ends_with_a_status_and_no_traceback(monkeypatch, capsys, 
     assert stop.value.code == status
     assert said in captured.err
     assert "Traceback" not in captured.err and not captured.out
+
+
+def test_bytes_per_rank_of_the_production_layout_without_its_processes(capsys):
+    """16 nodes of 8: every role is cut into 128, but for what does not divide; the teacher has neither gradients nor moments."""
+    words = ["transfer1_7b_edge_dmd2", "--parallel.tp", "1", "--parallel.cp", "8", "--parallel.dp", "16"]
+    dry_run(parse(DMD2Run, words))
+    said = capsys.readouterr().out
+    assert "layout: 128 processes = tp 1 x cp 8 x dp 16, shards over 128" in said
+    assert "batch 64 = 4 x 1 x dp 16, 24,000 iterations" in said
+    least = 4 * 8_129_705_760 / 128 / 1e9
+    for role, moments in (("student", True), ("teacher", False), ("fake_score", True)):
+        line = next(line for line in said.splitlines() if line.startswith(f"{role}: 8,129,705,760 parameters: "))
+        masters, gradients, adam, average = map(float, line.split(": ")[2].split(" | ")[0].split(", "))
+        assert least <= masters < least * 1.01
+        assert (gradients, adam, average) == ((masters, pytest.approx(2 * masters, abs=2e-3), 0) if moments else (0, 0, 0))
+
+
+def test_a_layout_that_does_not_fit_is_refused_as_in_a_run():
+    with pytest.raises(ConfigError, match=r"parallel\.cp=3 .*latent frames.*1, 2, 4, 8, 16"):
+        dry_run(parse(DMD2Run, ["transfer1_7b_edge_dmd2", "--parallel.cp", "3", "--parallel.cp_attention", "ring"]))

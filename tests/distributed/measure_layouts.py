@@ -1,0 +1,34 @@
+"""Largest relative differences of every layout from one process, in float64, as JSON: python tests/distributed/measure_layouts.py FILE"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import ranks  # noqa: E402
+
+import runs  # noqa: E402
+
+
+def main(path: Path) -> None:
+    reference = {batch: runs.all_kinds(ranks.run, 1, None, batch) for batch in (4, 6)}
+    rows = {}
+    for name, (world, layout, batch) in runs.LAYOUTS.items():
+        results = runs.all_kinds(ranks.run, world, layout, batch)
+        found = [runs.largest_difference(results[kind], reference[batch][kind]) for kind in runs.KINDS]
+        last = max(each.pop("last") for each in found)
+        first = max(each.pop("first") for each in found)
+        gradients = max(value for each in found for value in each.values())
+        rows[name] = {"ranks": world, "gradients": gradients, "first losses": first, "losses after 20 iterations": last}
+        print(name, rows[name], flush=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip() or "unknown"
+    path.write_text(json.dumps({"date": str(date.today()), "commit": commit, "layouts": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
