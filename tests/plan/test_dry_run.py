@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cosmos_mp import presets
-from cosmos_mp.config import DMD2Run, EncodeRun, KDRun, TeacherRun
+from cosmos_mp.config import ConfigError, DMD2Run, EncodeRun, KDRun, TeacherRun
 from cosmos_mp.models.weights import named_weights
 from cosmos_mp.options import parse
 from cosmos_mp.plan.dry_run import dry_run, parameters, role_networks, transfer_on_meta
@@ -61,7 +61,7 @@ def test_a_7b_stage_prints_exact_counts_and_shapes(printed, stage):
 
 def test_batches_and_guidance_are_printed(printed):
     assert "batch 64 = 64 x 1 x dp 1, 10,000 iterations" in printed["kd"]
-    assert "batch 64 = 64 x 1, 24,000 iterations" in printed["dmd2"]
+    assert "batch 64 = 64 x 1 x dp 1, 24,000 iterations" in printed["dmd2"]
     assert "guidance: cond + 7 (cond - uncond), which is 8 in the Ho-Salimans form" in printed["pairs"]
     assert "guidance: cond + 5 (cond - uncond), which is 6 in the Ho-Salimans form" in printed["dmd2"]
     assert "guidance" not in printed["kd"].rpartition("}")[2]
@@ -142,7 +142,7 @@ def test_bytes_per_rank_of_the_production_layout_without_its_processes(capsys):
     for role, moments in (("student", True), ("teacher", False), ("fake_score", True)):
         line = next(line for line in said.splitlines() if line.startswith(f"{role}: 8,129,705,760 parameters: "))
         masters, gradients, adam, average = map(float, line.split(": ")[2].split(" | ")[0].split(", "))
-        assert least <= masters < least * 1.01
+        assert least - 1e-3 < masters < least * 1.01
         assert (gradients, adam, average) == ((masters, pytest.approx(2 * masters, abs=2e-3), 0) if moments else (0, 0, 0))
 
 
