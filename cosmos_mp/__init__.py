@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # megatron-core warns a dozen times at import about Transformer Engine and apex, which are optional here.
 for _word in ("Transformer Engine", "transformer_engine", "Apex", "apex", "TE ", "nvrx", "causal_conv1d", "mamba"):
     warnings.filterwarnings("ignore", message=f".*{_word}.*", category=UserWarning)
-# torch 2.13 renames collectives; the old names are in every torch that clusters run. FSDP warns of outputs that are views: none is changed in
-# place.
+# torch 2.13 renames collectives; the old names are in every torch that clusters run. FSDP warns of outputs that are views: nothing changes
+# them in place.
 warnings.filterwarnings("ignore", message=r".*torch\.distributed.*is deprecated.*_single", category=FutureWarning)
 warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)

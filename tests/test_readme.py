@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,20 +30,30 @@ def _words(start: str) -> list[list[str]]:
 
 
 def test_every_command_is_of_a_kind_that_is_tested_here():
-    known = ("bash examples/quickstart.sh", "bash tests/run.sh", "python -m cosmos_mp ", "python pretrain_scripts/", "torchrun ")
+    # parallel_cpu.sh runs in tests/examples/test_parallel_cpu.py
+    scripts = ("bash examples/quickstart.sh", "bash tests/run.sh", "bash examples/parallel_cpu.sh", "bash examples/train_node.sh ")
+    known = (*scripts, "python -m cosmos_mp ", "python pretrain_scripts/")
     assert _commands() and all(line.startswith(known) for line in _commands())
     assert {words[0] for words in _words("python -m cosmos_mp")} == {"index", "cache-text", "encode", "evaluate", "convert", "sample"}
 
 
 def test_stage_commands_resolve(capsys):
     lines = [shlex.split(line) for line in _commands() if "pretrain_scripts/" in line]
-    assert len(lines) >= 4
+    assert len(lines) >= 2
     for words in lines:
         script = next(index for index, word in enumerate(words) if word.startswith("pretrain_scripts/"))
         path = ROOT / words[script]
         assert importlib.util.spec_from_file_location("script", path) and path.is_file()
         stage(STAGES[path.stem], lambda config: pytest.fail("a dry run ran"), [*words[script + 1 :], "--dry-run"])
         assert "8,129,705,760 parameters" in capsys.readouterr().out
+
+
+def test_node_commands_check_their_configuration():
+    lines = [line for line in _commands() if line.startswith("bash examples/train_node.sh")]
+    assert len(lines) >= 3
+    for line in lines:
+        done = subprocess.run(shlex.split(line) + ["--dry-run"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and "8,129,705,760 parameters" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", ["encode", "evaluate", "sample"])
@@ -100,10 +111,24 @@ def seeds_table() -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def layouts_table() -> str:
+    rows = json.loads((ROOT / "examples" / "measured" / "layouts.json").read_text())["layouts"]
+    columns = list(next(iter(rows.values())))
+    lines = [["layout", *columns], ["---", *["---:"] * len(columns)]]
+    lines += [[name, str(row["ranks"]), *(f"{row[column]:.0e}" for column in columns[1:])] for name, row in rows.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def test_the_tables_are_the_measured_ones():
     readme = (ROOT / "README.md").read_text()
     assert results_table() in readme
     assert seeds_table() in readme
+    assert layouts_table() in readme
+
+
+def test_every_layout_was_measured_within_the_bounds_of_its_test():
+    for row in json.loads((ROOT / "examples" / "measured" / "layouts.json").read_text())["layouts"].values():
+        assert max(row["gradients"], row["first losses"]) < 1e-9 and row["losses after 20 iterations"] < 1e-7
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -143,7 +143,7 @@ class DMD2:
                     guided = guide(guided, self.teacher(yt, sigma, condition.with_text(unconditional)).x0, config.guidance)
             scale = self._vsd_scale(y.detach(), guided, parts)
             terms["vsd"] = Term(losses.vsd_loss(y, guided, fake.x0.detach(), scale))
-            metrics["vsd_weight"] = losses.vsd_weight(sigma, scale).mean()
+            metrics["vsd_weight"] = losses.vsd_weight(sigma, scale.mean(dim=2, keepdim=True)).mean()
         if judged:
             source = {"teacher": teacher, "fake_score": fake}[config.feature_role] or self._features(yt, sigma, condition)
             logits = self.discriminator(source.features)

@@ -41,7 +41,7 @@ def check_layout(options: ParallelConfig, world: int, net: NetConfig, diffusion:
     if options.sequence_parallel and tokens % tp:
         raise ConfigError(
             f"parallel.tp={tp} does not divide the {tokens} tokens of a rank, as sequence_parallel needs: "
-            f"give one of {divisors(tokens, net.heads)}, or leave it off"
+            f"give one of {divisors(tokens, net.heads, net.mlp_hidden)}, or leave it off"
         )
     if head is not None and cp > 1:
         _check_head(head, frames, cp)
