@@ -6,13 +6,11 @@ import json
 import subprocess
 import sys
 from datetime import date
+from importlib import import_module
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-
-import ranks  # noqa: E402
-
-import runs  # noqa: E402
+ranks, runs = import_module("ranks"), import_module("runs")
 
 
 def main(path: Path) -> None:
