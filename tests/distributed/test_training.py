@@ -111,7 +111,7 @@ def test_float32_and_bfloat16_follow_float64(run_ranks, runs):
     for now, then in zip(single[0]["losses"], exact[0]["losses"], strict=True):
         assert now == pytest.approx(then, rel=1e-5 if now is single[0]["losses"][0] else 1e-3)
     for now, then in zip(half[0]["losses"], exact[0]["losses"], strict=True):
-        assert now["total"] == pytest.approx(then["total"], rel=0.02)
+        assert now["total"] == pytest.approx(then["total"], rel=0.01 if now is half[0]["losses"][0] else 0.2)
     assert half[0]["losses"][0]["vsd"] != single[0]["losses"][0]["vsd"]
     for role in ("student", "fake_score", "discriminator"):
         weights, gradients = runs.whole(half, role, "weights"), runs.whole(half, role)

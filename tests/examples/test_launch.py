@@ -89,7 +89,10 @@ if "STUB_SAVES" in os.environ:
     signal.signal(signal.SIGTERM, lambda *_: told.append(1))
 with open(os.path.join(os.environ["STUB"], f"stage{rank}"), "w") as file:
     json.dump({"words": sys.argv[1:], "env": dict(os.environ)}, file)
-code = os.environ.get("STUB_CODES", "0").split()[rank:][:1] or ["0"]
+codes = os.environ.get("STUB_CODES", "0").split()
+while any(word == "wait" and not os.path.exists(os.path.join(os.environ["STUB"], f"stage{other}")) for other, word in enumerate(codes)):
+    time.sleep(0.02)  # who is to hear a signal listens by now
+code = codes[rank:][:1] or ["0"]
 os.write(1, f"a line of {rank}\n".encode())
 os.write(2, f"error: of {rank}\n".encode())
 if code[0] == "wait":
