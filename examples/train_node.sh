@@ -43,11 +43,12 @@ export MASTER_PORT
 
 # Not torchrun, measured with torch 2.13: it ends with 1 and a traceback when its processes end with 75, and leaves the others 30 s from the
 # first one's end or from a signal, which may cut a save short.
-pids=() killers=()
+pids=()
 lines() { trap '' INT TERM; exec sed -u "$1"; } # Ctrl-C ends the stage, not what reads its last words
 tell() { kill "-$1" "${pids[@]}" 2>/dev/null || true; }
-trap 'tell TERM' TERM
-trap 'tell TERM; trap "tell KILL" INT' INT # a second Ctrl-C does not wait for the save
+stop=''
+trap 'stop=TERM; tell TERM' TERM
+trap '${stop:+tell KILL}; stop=TERM; tell TERM' INT # a second Ctrl-C does not wait for the save
 for ((rank = 0; rank < gpus; rank++)); do
   export RANK=$rank LOCAL_RANK=$rank
   if [ "$rank" -eq 0 ]; then
@@ -56,28 +57,30 @@ for ((rank = 0; rank < gpus; rank++)); do
     TQDM_DISABLE=1 "${command[@]}" > >(lines '') 2> >(lines "s/^/[rank $rank] /" >&2) &
   fi
   pids+=($!)
+  [ -z "$stop" ] || kill -TERM $! 2>/dev/null || true # the signal came while it was started
 done
 
 # One that fails ends the run, since the others wait for it: they are told to end, and have 15 s to say whom they miss. Those that have saved
-# wait for the rest.
-code=0
+# wait for the rest. Looked at once a second: `wait -n` of bash 5.2 forgets some that end together, and may sleep through a signal.
+code=0 deadline=''
 while [ ${#pids[@]} -gt 0 ]; do
-  status=0
-  wait -n -p ended "${pids[@]}" || status=$?
-  [ -n "${ended:-}" ] || continue # a signal, not a process's end
+  sleep 1 || true # Ctrl-C ends it too
+  failed=0
   for i in "${!pids[@]}"; do
-    [ "${pids[i]}" != "$ended" ] || unset "pids[i]"
+    ! kill -0 "${pids[i]}" 2>/dev/null || continue
+    status=0
+    wait "${pids[i]}" || status=$?
+    unset "pids[i]"
+    case $status in
+      0) ;;
+      75) [ "$code" -ne 0 ] || code=75 ;;
+      *) [ "$status" -le "$failed" ] || failed=$status ;;
+    esac
   done
-  case $status in
-    0) ;;
-    75) [ "$code" -ne 0 ] || code=75 ;;
-    *)
-      [ "$code" -ne 0 ] && [ "$code" -ne 75 ] || code=$status
-      tell TERM
-      (sleep 15 && tell KILL) >/dev/null 2>&1 &
-      killers+=($!)
-      ;;
-  esac
+  if [ "$failed" -ne 0 ] && [ -z "$deadline" ]; then # what ends after this was told to
+    code=$failed deadline=$((SECONDS + 15))
+    tell TERM
+  fi
+  [ -z "$deadline" ] || [ "$SECONDS" -lt "$deadline" ] || tell KILL
 done
-for killer in "${killers[@]}"; do kill "$killer" 2>/dev/null || true; done
 exit "$code"

@@ -170,9 +170,9 @@ run_step() { # COMMAND...
   # Slurm signals this script alone. srun must not be sent SIGTERM: it would kill the tasks at once. scancel with a signal reaches the tasks
   # and neither srun nor this script; the stages save and end with 75. Signals may be repeated.
   trap 'signalled=1; echo "== signal: the tasks are told to save and end"; scancel --signal=TERM "$SLURM_JOB_ID" || true' TERM
-  # A signal ends `wait`, not the step.
+  # Looked at once a second: a signal would end `wait`, and one that comes as it begins could be slept through.
   while kill -0 "$step" 2>/dev/null; do
-    wait "$step" || true
+    sleep 1
   done
   wait "$step" || code=$?
 
