@@ -18,6 +18,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "sample": commands.sample,
     "convert": commands.convert,
     "verify": commands.verify,
+    "bench": commands.bench,
 }
 
 

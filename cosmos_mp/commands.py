@@ -31,8 +31,9 @@ def dispatch(table: Mapping[str, Command], name: str, words: list[str]) -> int |
     return table[name](words)
 
 
-def _call(function: Callable, words: list[str]) -> None:
-    tyro.cli(function, args=words, prog=f"python -m cosmos_mp {function.__name__.strip('_').replace('_', '-')}", use_underscores=False)
+def _call(function: Callable, words: list[str], name: str = "") -> None:
+    name = name or function.__name__.strip("_").replace("_", "-")
+    tyro.cli(function, args=words, prog=f"python -m cosmos_mp {name}", use_underscores=False)
 
 
 def synthesize(words: list[str]) -> None:
@@ -253,3 +254,27 @@ def verify(words: list[str]) -> int:
         return 0 if verify(folder, getattr(torch, dtype)) else 1
 
     return tyro.cli(_verify, args=words, prog="python -m cosmos_mp verify")
+
+
+def bench(words: list[str]) -> None:
+    """Measure: `bench parallel` compares procedures and layouts on this machine's processes."""
+
+    def _parallel(json: Path | None = None, fast: bool = False) -> None:
+        """FLOPs, time, memory and bytes sent, printed as tables.
+
+        Args:
+            json: file to write the numbers to.
+            fast: small networks, for a look.
+        """
+        from cosmos_mp.bench.parallel import bench_parallel
+        from cosmos_mp.files import write_json
+
+        if json is not None:
+            json.parent.mkdir(parents=True, exist_ok=True)
+        found = bench_parallel(fast)
+        if json is not None:
+            write_json(json, found)
+
+    if not words:
+        raise ConfigError("bench what? known: parallel")
+    dispatch({"parallel": lambda rest: _call(_parallel, rest, "bench parallel")}, words[0], words[1:])

@@ -23,7 +23,7 @@ from cosmos_mp.roles import read_weights
 from cosmos_mp.text import build_text_encoder
 
 ROOT = Path(__file__).parents[1]
-NAMES = ["synthesize", "index", "fit-tokenizer", "cache-text", "encode", "evaluate", "sample", "convert", "verify"]
+NAMES = ["synthesize", "index", "fit-tokenizer", "cache-text", "encode", "evaluate", "sample", "convert", "verify", "bench"]
 
 
 @pytest.fixture
