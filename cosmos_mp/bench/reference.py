@@ -58,7 +58,8 @@ def _forward(block: Block, h: Tensor, position: Tensor, rotation: Rotation, text
     x, gate = _modulated(block.cross_mod, h, conditioning, shared)
     h = h + gate * _attend(block.cross_attn, x, text, None)
     x, gate = _modulated(block.mlp_mod, h, conditioning, shared)
-    return h + gate * again(lambda up: block.mlp.down(F.gelu(up)), block.mlp.up(x))
+    # Through megatron's layer the second product would run a third time, which it does not in the reference.
+    return h + gate * again(lambda up: F.linear(F.gelu(up), block.mlp.down.weight), block.mlp.up(x))
 
 
 def _modulated(modulation: Modulation, h: Tensor, conditioning: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:

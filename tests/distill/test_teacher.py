@@ -61,6 +61,18 @@ def test_text_and_control_are_dropped_independently(make_network, make_batch):
     assert 0.2 < (text != control).double().mean() < 0.8
 
 
+def test_what_is_dropped_takes_part_all_the_same(make_network, make_batch):
+    """FSDP reduces a step's gradients together: a parameter must not be used by some of its micro-batches alone."""
+    network = make_network()
+    without = TeacherLossConfig(text_dropout=1.0, control_dropout=1.0)
+    loss_of(TeacherPretraining(network, DIFFUSION, without, seed=0), make_batch(range(2))).backward()
+    used = {name for name, parameter in network.named_parameters() if parameter.grad is not None}
+    network.zero_grad(set_to_none=True)
+    loss_of(TeacherPretraining(network, DIFFUSION, KEPT, seed=0), make_batch(range(2))).backward()
+    assert used == {name for name, parameter in network.named_parameters() if parameter.grad is not None}
+    assert len(used) > 0.9 * len(list(network.parameters()))
+
+
 def test_micro_batches_do_not_change_the_loss(make_network, make_batch):
     loss = TeacherLossConfig(uniform_fraction=0.5, text_dropout=0.5, control_dropout=0.5)
     method = TeacherPretraining(make_network(), DIFFUSION, loss, seed=3)

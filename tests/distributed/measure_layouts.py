@@ -14,10 +14,10 @@ ranks, runs = import_module("ranks"), import_module("runs")
 
 
 def main(path: Path) -> None:
-    reference = {batch: runs.all_kinds(ranks.run, 1, None, batch) for batch in (4, 6)}
+    reference = {batch: runs.all_kinds(ranks.run, 1, None, batch, batch) for batch in (4, 6)}
     rows = {}
-    for name, (world, layout, batch) in runs.LAYOUTS.items():
-        results = runs.all_kinds(ranks.run, world, layout, batch)
+    for name, (world, layout, batch, micro_batch) in runs.LAYOUTS.items():
+        results = runs.all_kinds(ranks.run, world, layout, batch, micro_batch)
         found = [runs.largest_difference(results[kind], reference[batch][kind]) for kind in runs.KINDS]
         last = max(each.pop("last") for each in found)
         first = max(each.pop("first") for each in found)

@@ -224,31 +224,34 @@ KINDS = {"kd": (20, {}), "dmd2": (20, {}), "critic": (1, {"critic_warmup": 1})}
 """Runs with their lengths: KD; DMD2, which begins with a student step; and a critic step on the first weights."""
 
 
-LAYOUTS: dict[str, tuple[int, ParallelConfig, int]] = {
-    "FSDP 1": (1, ParallelConfig(), 4),
-    "TP2": (2, ParallelConfig(tp=2), 4),
-    "TP4": (4, ParallelConfig(tp=4), 4),
-    "TP2+SP": (2, ParallelConfig(tp=2, sequence_parallel=True), 4),
-    "CP2 Ulysses": (2, ParallelConfig(cp=2), 4),
-    "CP4 Ulysses": (4, ParallelConfig(cp=4), 4),
-    "CP2 ring": (2, ParallelConfig(cp=2, cp_attention="ring"), 4),
-    "CP4 ring": (4, ParallelConfig(cp=4, cp_attention="ring"), 4),
-    "TP2 x CP2": (4, ParallelConfig(tp=2, cp=2), 4),
-    "TP2+SP x CP2 ring": (4, ParallelConfig(tp=2, cp=2, sequence_parallel=True, cp_attention="ring"), 4),
-    "FSDP 2": (2, ParallelConfig(), 4),
-    "FSDP 3": (3, ParallelConfig(), 6),
-    "HSDP 2 x 2": (4, ParallelConfig(cp=2, shard=2), 4),
-    "TP2 x CP2 x DP2": (8, ParallelConfig(tp=2, cp=2), 4),
+LAYOUTS: dict[str, tuple[int, ParallelConfig, int, int]] = {
+    "FSDP 1": (1, ParallelConfig(), 4, 4),
+    "TP2": (2, ParallelConfig(tp=2), 4, 4),
+    "TP4": (4, ParallelConfig(tp=4), 4, 4),
+    "TP2+SP": (2, ParallelConfig(tp=2, sequence_parallel=True), 4, 4),
+    "CP2 Ulysses": (2, ParallelConfig(cp=2), 4, 4),
+    "CP4 Ulysses": (4, ParallelConfig(cp=4), 4, 4),
+    "CP2 ring": (2, ParallelConfig(cp=2, cp_attention="ring"), 4, 4),
+    "CP4 ring": (4, ParallelConfig(cp=4, cp_attention="ring"), 4, 4),
+    "TP2 x CP2": (4, ParallelConfig(tp=2, cp=2), 4, 2),
+    "TP2+SP x CP2 ring": (4, ParallelConfig(tp=2, cp=2, sequence_parallel=True, cp_attention="ring"), 4, 4),
+    "FSDP 2": (2, ParallelConfig(), 4, 1),
+    "FSDP 3": (3, ParallelConfig(), 6, 2),
+    "HSDP 2 x 2": (4, ParallelConfig(cp=2, shard=2), 4, 1),
+    "TP2 x CP2 x DP2": (8, ParallelConfig(tp=2, cp=2), 4, 2),
 }
-"""Ranks, layout and global batch."""
+"""Ranks, layout, global batch and micro-batch: one micro-batch per iteration is quickest; three layouts accumulate two."""
 
 
-def all_kinds(run_ranks: Callable[..., list], world: int, layout: ParallelConfig | None, batch: int) -> dict[str, list[dict]]:
+def all_kinds(
+    run_ranks: Callable[..., list], world: int, layout: ParallelConfig | None, batch: int, micro_batch: int
+) -> dict[str, list[dict]]:
     """Results of all ranks by kind; layout None = one process whose networks are whole."""
+    sizes = {"global_batch_size": batch, "micro_batch_size": micro_batch}
 
     def rank_runs(rank: int) -> dict[str, dict]:
         return {
-            kind: train(kind, layout, replace(TRAIN, iterations=iterations, global_batch_size=batch), **options)
+            kind: train(kind, layout, replace(TRAIN, iterations=iterations, **sizes), **options)
             for kind, (iterations, options) in KINDS.items()
         }
 

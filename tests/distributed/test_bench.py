@@ -8,14 +8,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from cosmos_mp.bench import parallel
 from cosmos_mp.bench.meters import Traffic
 from cosmos_mp.bench.reference import ReferenceDMD2, gather_features, nest_recompute
-from cosmos_mp.config import ParallelConfig
+from cosmos_mp.bench.worker import MEASUREMENTS
+from cosmos_mp.config import HeadConfig, ParallelConfig
+from cosmos_mp.distill.conditioning import condition_of
+from cosmos_mp.distill.dmd2 import DMD2
 from cosmos_mp.models.block import Block
 from cosmos_mp.parallel import collectives
 from cosmos_mp.parallel.pieces import Pieces
 from cosmos_mp.parallel.recompute import recompute
-from cosmos_mp.parallel.topology import Topology, join
+from cosmos_mp.parallel.topology import Topology, join, single_process
 from cosmos_mp.plan.cost import kd_traffic
 from cosmos_mp.training.callbacks import Callback
 
@@ -116,3 +120,63 @@ def test_the_reference_procedure_gives_what_our_switch_for_it_gives(run_ranks, r
         for terms in result["losses"]:
             del terms["total"]  # ours is reported with the weight that acts
     assert max(runs.largest_difference(results, reference).values()) < 1e-9
+
+
+def test_the_references_teacher_has_a_graph_through_all_blocks(runs):
+    topology = single_process()
+    seen = []
+    for kind in (DMD2, ReferenceDMD2):
+        ours = runs.make_method("dmd2", topology, torch.float64, "none", head=HeadConfig("conv3d", 16, (0,)))
+        method = kind(ours.networks, ours.diffusion, ours.config, HeadConfig("conv3d", 16, (0,)), ours.unconditional_LD, 0)
+        batch = runs.Clips(torch.float64).batch(0, 2)
+        condition = condition_of(batch, runs.DIFFUSION, 0, 0)
+        scores = method.student_step(batch.latent_BCTHW, method.draw(batch, 0), condition)[1]
+        seen.append((scores.teacher.x0.requires_grad, scores.fake_score.x0.requires_grad, scores.guided_x0.requires_grad))
+    assert seen == [(False, False, False), (True, False, False)]
+
+
+# --- The whole benchmark, at its smallest ---
+
+
+@pytest.fixture(scope="module")
+def small(run_ranks) -> dict:
+    """Everything that `bench parallel` finds, of two procedures and one layout, on forked ranks instead of new processes."""
+
+    def launch(world: int, name: str, keep: bool = True, **arguments) -> list[dict]:
+        return run_ranks(world, lambda rank: MEASUREMENTS[name](**arguments), timeout=120)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "launch", launch)
+        patch.setattr(parallel, "PROCEDURES", {name: parallel.PROCEDURES[name] for name in ("reference", "ours, no recompute")})
+        patch.setattr(parallel, "LAYOUTS", {"TP2+SP": parallel.LAYOUTS["TP2+SP"]})
+        patch.setattr(parallel, "procedures", lambda size, ranks, repeats, run=parallel.procedures: run("short", 2, 1))
+        patch.setattr(parallel, "state", lambda size, ranks, run=parallel.state: run("short", 2))
+        return parallel.bench_parallel(fast=True)
+
+
+def test_ours_does_the_counted_work_and_the_reference_more(small):
+    reference, ours = small["procedures"]["rows"].values()
+    for row in (reference, ours):  # at this size what the formula leaves out weighs
+        assert row["flops"] == pytest.approx(row["flops_formula"], rel=0.15)
+    assert ours["flops"] < 0.85 * reference["flops"]
+    assert ours["ratios"]["flops"] == ours["flops"] / reference["flops"] and reference["ratios"]["seconds"] == 1
+    assert all(row["seconds"] > 0 and row["working_bytes"] > 0 for row in (reference, ours))
+
+
+def test_a_layout_sends_what_is_predicted(small):
+    (row,) = small["traffic"]["rows"].values()
+    assert row["counted"] == row["formula"]
+
+
+def test_ranks_hold_parts(small):
+    one, two = small["state"]["rows"].values()
+    assert two["parameter_bytes"] == pytest.approx(one["parameter_bytes"] / 2, rel=0.02)
+    assert one["ready_bytes"] >= 3 * one["parameter_bytes"] and one["trained_bytes"] >= one["ready_bytes"]
+
+
+def test_every_number_is_in_a_table(small):
+    procedures, predicted, sent, held = parallel.tables(small)
+    assert "| reference |" in procedures and "| 1.00 |" in procedures
+    assert "| ours, no recompute | 67.7 | 0.83 |" in predicted
+    assert "| TP2+SP | all_gather |" in sent and "| 2 |" in held
+    assert all(len({line.count("|") for line in table.splitlines()}) == 1 for table in (procedures, predicted, sent, held))

@@ -29,7 +29,7 @@ NAMES = (
 @pytest.fixture(scope="module")
 def reference(run_ranks, runs):
     """One process, by the global batch: it decides which samples an iteration sees."""
-    return {batch: runs.all_kinds(run_ranks, 1, None, batch) for batch in (4, 6)}
+    return {batch: runs.all_kinds(run_ranks, 1, None, batch, batch) for batch in (4, 6)}
 
 
 def test_no_layout_is_left_out(runs):
@@ -38,8 +38,8 @@ def test_no_layout_is_left_out(runs):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_layout_gives_the_numbers_of_one_process(run_ranks, reference, runs, name):
-    world, layout, batch = runs.LAYOUTS[name]
-    results = runs.all_kinds(run_ranks, world, layout, batch)
+    world, layout, batch, micro_batch = runs.LAYOUTS[name]
+    results = runs.all_kinds(run_ranks, world, layout, batch, micro_batch)
     for kind in runs.KINDS:
         found = runs.largest_difference(results[kind], reference[batch][kind])
         last = found.pop("last")

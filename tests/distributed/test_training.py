@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cosmos_mp.config import ParallelConfig
+from cosmos_mp.config import HeadConfig, ParallelConfig
 from cosmos_mp.training.callbacks import Callback
 from cosmos_mp.training.loop import NonFiniteError
 
@@ -118,6 +118,26 @@ def test_float32_and_bfloat16_follow_float64(run_ranks, runs):
         assert all(weight.dtype == torch.float32 for weight in weights.values())
         assert all(g is None or g.dtype == torch.float32 for g in gradients.values())
         assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in weights.values())
+
+
+VARIANTS = {
+    # The trained fake score stops early twice per micro-batch, at a block, and its first call of all is frozen.
+    "features of the fake score": {"feature_role": "fake_score"},
+    "warm-up of the student": {"reconstruction_warmup": 2},
+    "two heads on single frames": {"head": HeadConfig("conv2d", 16, (0, 1), first_frame=2)},
+    "another space of the fake score": {"fake_score_space": "network", "guidance": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_other_recipes_too_are_the_same_numbers_on_many_ranks(run_ranks, runs, name):
+    config = replace(runs.TRAIN, iterations=6, global_batch_size=4, micro_batch_size=1)
+
+    def run(world: int, layout: ParallelConfig | None) -> list[dict]:
+        return run_ranks(world, lambda rank: runs.train("dmd2", layout, config, **VARIANTS[name]))
+
+    found = runs.largest_difference(run(4, ParallelConfig(cp=2)), run(1, None))
+    assert max(found.values()) < 1e-9, found
 
 
 # --- Resuming ---
