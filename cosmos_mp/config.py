@@ -295,7 +295,7 @@ class TrainConfig:
     """Skipped iterations in a row (non-finite loss or gradient) after which the run stops."""
     recompute: Literal["none", "selective", "full"] = "full"
     """What is computed again in the backward pass of every transformer block: nothing, all but matrix products, attention and
-    communication, or everything."""
+    collectives, or everything."""
     async_save: bool = False
     """Write checkpoints beside the training; the state is copied to the CPU first."""
 

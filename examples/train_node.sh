@@ -38,6 +38,7 @@ if is_dry_run "${words[@]}"; then
   exec "${command[@]}"
 fi
 "${command[@]}" --dry-run >/dev/null # a wrong option is named once, before anything starts
+mkdir -p runs # for what NCCL writes when a rank is lost
 MASTER_PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 export MASTER_PORT
 

@@ -9,7 +9,8 @@ from cosmos_mp.diffusion.edm import Denoiser
 from cosmos_mp.diffusion.samplers import answer_in_one_step
 from cosmos_mp.distill.kd import KD
 from cosmos_mp.models.weights import fingerprint
-from cosmos_mp.roles import load_transfer_net, read_weights
+from cosmos_mp.parallel.pieces import Pieces, Wholes
+from cosmos_mp.roles import load_transfer_net
 from cosmos_mp.training.stage import meet, open_held_out, open_store, train
 
 
@@ -20,8 +21,8 @@ def main(config: KDRun) -> int:
 
     # --- Roles: the student starts as the teacher; a frozen teacher is needed for the pictures alone ---
     student = load_transfer_net(config.net, topology, config.teacher, "teacher", config.train.recompute)
-    same = topology.on_first(lambda: pairs.reader.header.meta.get("teacher") == fingerprint(read_weights(config.teacher, "teacher")))
-    if not same and topology.rank == 0:
+    found = fingerprint(Wholes(Pieces(student, topology)))
+    if pairs.reader.header.meta.get("teacher") != found and topology.rank == 0:
         print(f"note: the pairs of {config.pairs} are another teacher's than {config.teacher}, where the student starts")
     answering = {"student 1-step": Denoiser(student, config.diffusion)}
     if held_out is not None:

@@ -11,6 +11,7 @@ import pytest
 
 from cosmos_mp import commands
 from cosmos_mp.__main__ import COMMANDS
+from cosmos_mp.bench import parallel
 from cosmos_mp.cli import stage
 from cosmos_mp.config import DMD2Run, KDRun, PairsRun, TeacherRun
 from cosmos_mp.evaluate.report import markdown_table, number
@@ -34,7 +35,15 @@ def test_every_command_is_of_a_kind_that_is_tested_here():
     scripts = ("bash examples/quickstart.sh", "bash tests/run.sh", "bash examples/parallel_cpu.sh", "bash examples/train_node.sh ")
     known = (*scripts, "python -m cosmos_mp ", "python pretrain_scripts/")
     assert _commands() and all(line.startswith(known) for line in _commands())
-    assert {words[0] for words in _words("python -m cosmos_mp")} == {"index", "cache-text", "encode", "evaluate", "convert", "sample"}
+    assert {words[0] for words in _words("python -m cosmos_mp")} == {
+        "index",
+        "cache-text",
+        "encode",
+        "evaluate",
+        "convert",
+        "sample",
+        "bench",
+    }
 
 
 def test_stage_commands_resolve(capsys):
@@ -84,6 +93,14 @@ def test_convert_is_understood_up_to_the_missing_weights(tmp_path, monkeypatch):
         commands.convert(words)
 
 
+def test_bench_is_understood(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(parallel, "bench_parallel", lambda fast: {"fast": fast})  # it runs in tests/distributed/test_bench.py
+    (words,) = _words("python -m cosmos_mp bench")
+    commands.bench(words)
+    assert json.loads((tmp_path / "parallel.json").read_text()) == {"fast": False}
+
+
 # --- Measured numbers ---
 
 
@@ -124,6 +141,20 @@ def test_the_tables_are_the_measured_ones():
     assert results_table() in readme
     assert seeds_table() in readme
     assert layouts_table() in readme
+    assert all(table in readme for table in parallel.tables(bench()))
+
+
+def bench() -> dict:
+    return json.loads((ROOT / "examples" / "measured" / "parallel.json").read_text())
+
+
+def test_what_was_measured_keeps_its_promises():
+    rows = bench()["procedures"]["rows"]
+    for row in rows.values():
+        assert row["flops"] == pytest.approx(row["flops_formula"], rel=0.01)
+    assert rows["ours, no recompute"]["ratios"]["seconds"] < 0.9
+    assert rows["ours, no recompute"]["ratios"]["flops"] < 0.84
+    assert bench()["state"]["rows"]["4"]["share"] <= 0.3
 
 
 def test_every_layout_was_measured_within_the_bounds_of_its_test():

@@ -131,9 +131,11 @@ def tables(found: dict[str, Any]) -> Sequence[str]:
     for name, row in found["traffic"]["rows"].items():
         for kind in sorted(row["counted"].keys() | row["formula"].keys()):
             sent.append([name, kind, *(f"{row[key].get(kind, 0) / 1e6:.2f}" for key in ("counted", "formula"))])
-    held = [["ranks", "MB until ready", "share of one process's state", "MB after an iteration"]]
+    held = [["ranks", "MB until ready", "share of one process's state", "MB after an iteration, gradients too", "share"]]
+    whole = found["state"]["parameter_and_optimizer_bytes"]
     for world, row in found["state"]["rows"].items():
-        held.append([world, f"{row['ready_bytes'] / 1e6:.0f}", f"{row['share']:.2f}", f"{row['trained_bytes'] / 1e6:.0f}"])
+        peaks = (row["ready_bytes"], row["trained_bytes"])
+        held.append([world, *(word for peak in peaks for word in (f"{peak / 1e6:.0f}", f"{peak / whole:.2f}"))])
     predicted = [["7B at CP8, predicted", "PFLOP", "ratio"]]
     for name, value in found["predicted_7b"].items():
         predicted.append([name, f"{value / 1e15:.1f}", f"{value / found['predicted_7b']['reference']:.2f}"])

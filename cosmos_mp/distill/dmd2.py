@@ -150,7 +150,7 @@ class DMD2:
             terms["gan"] = Term(losses.gan_generator_loss(logits), config.gan_weight / max(1, self.reference_cp))
         if config.reconstruction_weight > 0:
             terms["reconstruction"] = Term((y - real).pow(2).mean(), config.reconstruction_weight)
-        metrics["student_std"] = y.detach().std()
+        metrics["student_std"] = self._std(y.detach(), parts)
         return StepOutput(terms, metrics), Scores(y, teacher, guided, fake, logits)
 
     def _vsd_scale(self, y: Tensor, teacher_x0: Tensor, parts: int) -> Tensor:
@@ -159,6 +159,12 @@ class DMD2:
             return losses.vsd_scale(y, teacher_x0, chunks=self.reference_cp // parts)
         scale = losses.vsd_scale(y, teacher_x0)
         return scale if self.across is None else self.across(scale) / parts
+
+    def _std(self, y: Tensor, parts: int) -> Tensor:
+        """Standard deviation within each whole clip, and its mean over the clips."""
+        moments = torch.stack([y.flatten(1).mean(dim=1), y.pow(2).flatten(1).mean(dim=1)])
+        mean, square = moments if self.across is None else self.across(moments) / parts
+        return (square - mean.pow(2)).clamp(min=0).sqrt().mean()
 
     def _score(self, network: Denoiser, yt: Tensor, sigma: Tensor, condition: Condition, with_features: bool) -> Denoised:
         if with_features:

@@ -68,7 +68,8 @@ class _Ring(torch.autograd.Function):
                 out, lse = block.to(block_lse.dtype), block_lse
             else:
                 # A block weighs exp(block_lse) beside the exp(lse) of all blocks before it.
-                out.lerp_(block.to(out.dtype), torch.sigmoid(block_lse - lse)[..., None])
+                # Not in place: selective recomputation keeps what the kernel returned.
+                out = torch.lerp(out, block.to(out.dtype), torch.sigmoid(block_lse - lse)[..., None])
                 lse = torch.logaddexp(lse, block_lse)
             pair = arriving() if arriving else pair
         out = out.to(query.dtype)

@@ -123,6 +123,23 @@ class Pieces(Mapping[str, Piece]):
         return DTensor.from_local(local, topology.mesh["shard", "tp"], [rows, columns], run_check=False, shape=piece.shape, stride=stride)
 
 
+class Wholes(Mapping[str, Tensor]):
+    """A network's parameters whole, one at a time and never two: to read one, all ranks of the run read it."""
+
+    def __init__(self, pieces: Pieces):
+        self.pieces = pieces
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self.pieces.as_stored(name, self.pieces[name].parameter.detach())
+        return stored.full_tensor() if isinstance(stored, DTensor) else stored
+
+    def __iter__(self):
+        return iter(self.pieces)
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+
 def agree(values: Sequence[Tensor], topology: Topology) -> Tensor:
     """Scalars of every rank, float64 (world, n): what is decided on them is decided alike everywhere."""
     mine = torch.stack([value.detach().double().to(topology.device) for value in values])

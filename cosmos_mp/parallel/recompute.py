@@ -27,7 +27,9 @@ KEPT = {
         _collective.wait_tensor,
     )
 }
-"""What is dear: matrix products, attention and communication. Norms, modulations and activations are cheap to run again."""
+"""What is dear: matrix products, attention and collectives. Norms, modulations and activations are cheap to run again.
+
+A ring's sends are no results of operators and are made again."""
 
 
 def _policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:

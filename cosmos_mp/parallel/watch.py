@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 
@@ -42,6 +44,19 @@ class Watch:
     def close(self) -> None:
         """Answer no more: this rank leaves in good order."""
         self._closed.set()
+
+    @contextmanager
+    def explaining(self, place: str) -> Iterator[None]:
+        """Note where this rank is; an error that comes from a collective leaves as what `explain` makes of it."""
+        self.at(place)
+        try:
+            yield
+        except BaseException as error:
+            found = self.explain(error)
+            if found is not error:
+                raise found from error
+            self.close()
+            raise
 
     def explain(self, error: BaseException) -> BaseException:
         """The error itself, or where it comes from a collective among several ranks: who is lost."""

@@ -110,8 +110,8 @@ def kd_traffic(
     bytes_sent: Counter[str] = Counter()
     if cp > 1 and parallel.cp_attention == "ulysses":  # q, k, v and the result change hands, and their gradients
         bytes_sent["all_to_all"] += 2 * blocks * 4 * (unit // tp) * (cp - 1) // cp
-    elif cp > 1:  # keys and values pass cp - 1 ranks forward and again backward; their gradients all, to come home
-        bytes_sent["send"] += blocks * 2 * (unit // tp) * (2 * (cp - 1) + cp)
+    elif cp > 1:  # keys and values pass cp - 1 ranks forward and again backward; their gradients all, to come home, at least in float32
+        bytes_sent["send"] += blocks * 2 * (unit // tp) * (2 * (cp - 1) + cp * max(size, 4) // size)
     if tp > 1:  # at the exits of attentions and MLP forward, at their entries backward
         sums = 2 * blocks * 3 * unit * (tp - 1) // tp
         if parallel.sequence_parallel:  # each sum in two halves: scatter, and gather where the next one begins

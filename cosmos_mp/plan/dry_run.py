@@ -71,7 +71,7 @@ def _print_memory(config: TeacherRun | KDRun | DMD2Run, dp: int, again: int) -> 
         print(f"{role}: {share.parameters:,} parameters: {words} | {share.accumulated / 1e9:.3f} | {share.gathered / 1e9:.3f}")
         lasting += share.lasting
         most = max(most, share.gradients + share.accumulated + share.gathered)
-    print(f"all roles: {lasting / 1e9:.3f} GB stay; up to {most / 1e9:.3f} GB more for a role at work; activations come on top")
+    print(f"all roles: {lasting / 1e9:.3f} GB stay; about {most / 1e9:.3f} GB more for a role at work; activations come on top")
 
 
 def dry_run(config: Any) -> None:
@@ -95,7 +95,8 @@ def dry_run(config: Any) -> None:
     if train:
         parallel = config.parallel
         model = parallel.tp * parallel.cp
-        world = max(rank_and_world()[1], model) if not parallel.dp else model * parallel.dp
+        started = rank_and_world()[1]  # by a launcher, whose number holds; else as many as the layout asks for
+        world = started if started > 1 else model * max(parallel.dp, 1)
         dp = check_run(config, world)
         again = micro_batches(train, dp)
         shards = parallel.shard or world // parallel.tp

@@ -45,7 +45,7 @@ MAY_CHANGE = {
     *(
         f"train.{name}"
         for name in ("iterations", "log_every", "save_every", "keep_last", "picture_every", "picture_samples", "tensorboard")
-        + ("recompute", "async_save")
+        + ("recompute", "async_save", "micro_batch_size", "max_nonfinite")
     ),
     *(f"parallel.{name}" for name in ("tp", "cp", "dp", "shard", "sequence_parallel", "cp_attention", "reduce", "timeout")),
 }

@@ -165,11 +165,11 @@ def fit(
     topology = topology or single_process()
     own_steps = _count_steps(method, config.iterations, optim)
     accumulation = micro_batches(config, topology.dp_group.size())
-    checkpoint.open_run(run_dir, settings, topology)
-    state = _start(method, config, optim, ema, ema_role, Path(run_dir), topology)
-    saver = Saver(state.run_dir, settings, config.keep_last, topology, asynchronous=config.async_save)
-
     watch = Watch(topology)
+    with watch.explaining("opening the run"):
+        checkpoint.open_run(run_dir, settings, topology)
+        state = _start(method, config, optim, ema, ema_role, Path(run_dir), topology)
+        saver = Saver(state.run_dir, settings, config.keep_last, topology, asynchronous=config.async_save)
 
     def save() -> None:
         watch.at("saving")
@@ -236,7 +236,7 @@ def fit(
                 if skipped is not None and state.skipped_in_row >= config.max_nonfinite:
                     raise NonFiniteError(
                         f"{skipped}; {state.skipped_in_row} iterations in a row were skipped (train.max_nonfinite={config.max_nonfinite}): "
-                        "lower the learning rate or look at the data; the last checkpoint is from before"
+                        "look at the data, or start a new run from the last checkpoint, which is from before, with a lower learning rate"
                     )
                 if state.iteration % config.save_every == 0:
                     save()

@@ -41,13 +41,16 @@ class Report:
     stopping: bool
 
     def trouble(self, roles: Sequence[str], iteration: int) -> str | None:
-        """The first loss term or gradient that is not finite, with its role, iteration and rank."""
-        named = {f"loss term {name!r} of {'+'.join(roles)}": values for name, values in self.terms_by_rank.items()}
-        named |= {f"gradient norm of {role}": values for role, values in self.squares_by_rank.items()}
-        for what, values in named.items():
+        """The first loss term or gradient that is not finite, with its role and iteration, and the rank that computed the loss.
+
+        Gradients have been summed over the ranks by then: of one that is not finite, the part is named in which it shows.
+        """
+        named = {(f"loss term {name!r} of {'+'.join(roles)}", "on rank"): values for name, values in self.terms_by_rank.items()}
+        named |= {(f"gradient norm of {role}", "in the part of rank"): values for role, values in self.squares_by_rank.items()}
+        for (what, whose), values in named.items():
             for rank, value in enumerate(values):
                 if not math.isfinite(value):
-                    where = f"at iteration {iteration}" + (f" on rank {rank}" if len(values) > 1 else "")
+                    where = f"at iteration {iteration}" + (f" {whose} {rank}" if len(values) > 1 else "")
                     return f"{what} is {value} {where}"
         return None
 

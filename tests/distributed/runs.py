@@ -115,6 +115,8 @@ def make_method(kind: str, topology: Topology, dtype: torch.dtype, recompute: st
     parallelize(networks["discriminator"], topology, dtype=dtype)
     random_weights(Pieces(networks["discriminator"], topology), 3)
     networks["teacher"].requires_grad_(False)
+    if options.get("ladd"):
+        del networks["fake_score"]
     text = noise.normal((TOKENS, NET.text_dim), 0, "unconditional", 0, [0])[0].to(dtype)
     config = DMD2Config(**{"gan_weight": 0.3, "reconstruction_weight": 0.1, "r1_weight": 0.2, "r1_sigma": 0.1} | options)
     published = topology.options.reference_cp_scaling
@@ -140,7 +142,7 @@ def train(
     """
     topology = single_process() if layout is None else join(layout)
     method = make_method(kind, topology, dtype, config.recompute, **options)
-    roles = ("student",) if kind == "kd" else ("student", "fake_score", "discriminator")
+    roles = tuple(role for role in ("student", "fake_score", "discriminator") if role in method.networks)
     # AdamW divides by the gradient's size: without a sizable eps, rounding of the smallest gradients would grow.
     optim = {role: OptimConfig(lr=1e-3, eps=1e-3, clip_norm=2.0) for role in roles}
     gradients: dict[str, dict[str, tuple]] = {}
@@ -202,7 +204,7 @@ def whole(results: list[dict], role: str, what: str = "gradients") -> dict[str, 
 
 
 def largest_difference(results: list[dict], reference: list[dict]) -> dict[str, float]:
-    """Largest relative difference of the first iteration's gradients per role, of its terms, and of the last iteration's terms."""
+    """Largest relative difference of the first iteration's gradients per role, of its terms, and of all later iterations' terms."""
     found: dict[str, float] = {}
     for role in reference[0]["gradients"]:
         ours, theirs = whole(results, role), whole(reference, role)
@@ -211,12 +213,13 @@ def largest_difference(results: list[dict], reference: list[dict]) -> dict[str, 
         scale = {name: g.abs().max().item() for name, g in theirs.items() if g is not None}
         assert all(value > 0 for value in scale.values()), f"{role}: a gradient that is zero shows nothing"
         found[role] = max((ours[name] - theirs[name]).abs().max().item() / scale[name] for name in scale)
-    for when, index in (("first", 0), ("last", -1)):
-        for result in results:
-            now, then = result["losses"][index], reference[0]["losses"][index]
+    for result in results:
+        for index, (now, then) in enumerate(zip(result["losses"], reference[0]["losses"], strict=True)):
             assert now.keys() == then.keys()
             worst = max(abs(now[name] - then[name]) / abs(then[name]) for name in then)
+            when = "last" if index else "first"
             found[when] = max(worst, found.get(when, 0.0))
+    found.setdefault("last", found["first"])
     return found
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from cosmos_mp.config import ParallelConfig
+from cosmos_mp.training import checkpoint
 
 TIMEOUT = 4.0
 """Of the collectives, seconds."""
@@ -98,6 +99,20 @@ def test_the_others_end_in_time_and_name_the_rank(start, runs, tmp_path, fate, w
     for text in told:
         assert text.startswith("LostRank: rank ") and "in iteration" in text and "start the same command again" in text, text
     assert any(words in text for text in told), told
+
+
+def test_a_rank_that_dies_before_the_first_iteration_is_named(start, runs, tmp_path, monkeypatch):
+    def latest(run_dir: Path, topology):
+        if topology.rank == 1:
+            die()
+        return newest(run_dir, topology)
+
+    newest = checkpoint.latest
+    monkeypatch.setattr(checkpoint, "latest", latest)
+    layout = ParallelConfig(timeout=TIMEOUT)
+    start(2, "ranks", lambda rank: runs.train("kd", layout, runs.TRAIN, run_dir=tmp_path / "run"))
+    (told,) = wait_for([tmp_path / "ranks" / "told.0"], 30)
+    assert told.startswith("LostRank: rank 0, opening the run for") and "no answer from rank 1, dead or stopped" in told, told
 
 
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(start, run_ranks, runs, tmp_path):

@@ -502,7 +502,7 @@ def world(tiny_world, tmp_path_factory):
 
 
 def test_a_signalled_job_saves_goes_back_to_the_queue_and_goes_on(cluster, world):
-    preset, *options = world.words("kd", "job_kd", "--parallel.cp", "1", "--train.iterations", 100_000)
+    preset, *options = world.words("kd", "job_kd", "--parallel.cp", 1, "--parallel.tp", 2, "--train.iterations", 100_000)
     run = world.root / "job_kd"
     process = cluster.start("kd.sbatch", preset, *options, env=cluster.job(2))
     wait_until(lambda: process.poll() is not None or ((run / "log.jsonl").exists() and (run / "log.jsonl").read_text() != ""))

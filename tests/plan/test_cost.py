@@ -86,8 +86,8 @@ def test_the_7b_sends_the_known_bytes_per_layer():
 
     assert sent(ParallelConfig(cp=8))["all_to_all"] / 31 == pytest.approx(2 * 202e6, rel=5e-3)
     ring = sent(ParallelConfig(cp=8, cp_attention="ring"))["send"] / 31
-    # The known 807 + 1,615 MB, and one hop more: that of the gradients, home.
-    assert ring == pytest.approx(807e6 + 1615e6 + 2 * 57.7e6, rel=5e-3)
+    # 807 MB of keys and values each way, and their gradients in float32 with one hop more: that home.
+    assert ring == pytest.approx(2 * 807e6 + 2 * (807e6 + 2 * 57.7e6), rel=5e-3)
     assert sent(ParallelConfig(tp=2, cp=4))["all_reduce"] / 31 == pytest.approx(2 * 346e6, rel=5e-3)
     halves = sent(ParallelConfig(tp=2, cp=4, sequence_parallel=True))
     assert 2 * halves["reduce_scatter"] / 31 == pytest.approx(2 * 346e6, rel=5e-3)

@@ -149,3 +149,12 @@ def test_bytes_per_rank_of_the_production_layout_without_its_processes(capsys):
 def test_a_layout_that_does_not_fit_is_refused_as_in_a_run():
     with pytest.raises(ConfigError, match=r"parallel\.cp=3 .*latent frames.*1, 2, 4, 8, 16"):
         dry_run(parse(DMD2Run, ["transfer1_7b_edge_dmd2", "--parallel.cp", "3", "--parallel.cp_attention", "ring"]))
+
+
+def test_the_processes_that_a_launcher_has_started_are_those_that_count(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="does not divide 4 process"):
+        dry_run(parse(DMD2Run, ["transfer1_7b_edge_dmd2", "--parallel.cp", "8"]))
+    with pytest.raises(ConfigError, match=r"parallel\.dp=16"):
+        dry_run(parse(DMD2Run, ["transfer1_7b_edge_dmd2", "--parallel.cp", "2", "--parallel.dp", "16"]))
