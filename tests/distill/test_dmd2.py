@@ -268,7 +268,9 @@ def test_the_normaliser_of_a_cut_clip_is_the_mean_over_its_parts(make_method, ma
     output = run(together, half, STUDENT)  # the step knows into how many parts its batch is cut
     assert values(output) == pytest.approx(values(expected), rel=1e-12)
     assert output.metrics["vsd_weight"].item() == pytest.approx(expected.metrics["vsd_weight"].item(), rel=1e-12)
-    (scale,) = asked
+    scale, moments = asked
+    assert output.metrics["student_std"].item() == pytest.approx(expected.metrics["student_std"].item(), rel=1e-9)
+    torch.testing.assert_close(moments, torch.stack([scores.y.mean(dim=(1, 2, 3, 4)), scores.y.pow(2).mean(dim=(1, 2, 3, 4))]).detach())
     torch.testing.assert_close(scale, (scores.y - scores.guided_x0).abs().mean(dim=(1, 2, 3, 4), keepdim=True).detach())
     assert not scale.requires_grad
     # With a part that says three times as much the mean is twice this one's, and the loss a quarter.
@@ -281,8 +283,9 @@ def test_the_normaliser_of_a_cut_clip_is_the_mean_over_its_parts(make_method, ma
 def test_published_chunks_are_counted_in_whole_clips(make_method, make_batch, published):
     half = make_batch(range(3)).cut(1, 2)
 
-    def across(scale: Tensor) -> Tensor:
-        pytest.fail("a chunk lies on one holder")
+    def across(moments: Tensor) -> Tensor:
+        assert moments.shape == (2, 3), "a chunk lies on one holder: only what is reported goes across"
+        return 2 * moments
 
     method = make_method(across=across, reference_cp=published)
     for network in method.networks.values():
