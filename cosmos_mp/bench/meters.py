@@ -52,7 +52,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional") and (name := func._schema.name) not in SILENT:
             kind, place = OPERATORS[name]  # a KeyError where one is not known: nothing may go uncounted
-            tensors = _numbers(args[place])
+            tensors = _tensors(args[place])
             if sum(tensor.numel() for tensor in tensors) > self.FEW:
                 self.sent[kind] += round(sum(tensor.nbytes for tensor in tensors) * SENT[kind](_ranks(args)))
         return func(*args, **(kwargs or {}))
@@ -68,7 +68,7 @@ def _ranks(args: tuple) -> int:
     return dist.distributed_c10d._resolve_process_group(args[-1]).size()
 
 
-def _numbers(value: Any) -> list[torch.Tensor]:
+def _tensors(value: Any) -> list[torch.Tensor]:
     """All tensors in nested containers."""
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
@@ -105,8 +105,8 @@ class TensorMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        given = {tensor.untyped_storage()._cdata for tensor in _numbers((args, kwargs))}
-        for tensor in _numbers(found):
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(found):
             storage = tensor.untyped_storage()
             if storage._cdata not in given | self._sizes.keys():  # neither a view nor seen before
                 self._sizes[storage._cdata] = storage.nbytes()
@@ -123,15 +123,11 @@ class TensorMemory(TorchDispatchMode):
 
 
 class ProcessMemory:
-    """Peak of the process's resident memory beyond what it was at the start (Linux)."""
+    """Peak of the process's resident memory beyond what it was when this was made (Linux)."""
 
-    def __enter__(self) -> ProcessMemory:
+    def __init__(self) -> None:
         self._start = _status("VmRSS")
         (PAGE / "clear_refs").write_text("5")  # the kernel's peak begins anew
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        pass
 
     def read(self) -> int:
         """The peak so far."""

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 from cosmos_mp.bench.launch import launch
 from cosmos_mp.bench.sizes import SIZES
 from cosmos_mp.config import DMD2Config, DMD2Run, ParallelConfig
 from cosmos_mp.plan.cost import dmd2_cycle_work, kd_traffic
+from cosmos_mp.revision import revision
 
 CRITICS = DMD2Config().student_update_freq - 1
 PROCEDURES = {
@@ -43,7 +42,7 @@ def bench_parallel(fast: bool = False) -> dict[str, Any]:
     """
     found = {
         "date": str(date.today()),
-        "commit": _commit(),
+        "commit": revision(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, gloo",
         "procedures": procedures("short", ranks=2, repeats=1) if fast else procedures("whole", ranks=4, repeats=2),
         "predicted_7b": predicted_7b(),
@@ -146,8 +145,3 @@ def markdown(rows: list[list[str]]) -> str:
     """A table whose first row is the head; all columns but the first are numbers."""
     lines = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"

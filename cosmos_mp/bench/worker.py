@@ -72,12 +72,8 @@ def _bytes(state: State) -> int:
     return sum(tensor.nbytes for tensor in (x.to_local() if hasattr(x, "to_local") else x for x in tensors))
 
 
-def _optim() -> OptimConfig:
-    return OptimConfig(lr=1e-5)
-
-
 def _fit(method: Any, topology: Topology, size: Size, options: TrainConfig, watching: Callback, folder: Path) -> None:
-    optim = {role: _optim() for role in ("student", "fake_score", "discriminator") if role in method.networks}
+    optim = {role: OptimConfig(lr=1e-5) for role in ("student", "fake_score", "discriminator") if role in method.networks}
     fit(method, RandomClips(size), options, optim, EMAConfig(0.0), folder, [watching], settings={}, topology=topology)
 
 
@@ -136,11 +132,10 @@ def traffic(size: str, layout: dict[str, Any]) -> dict[str, Any]:
 def state(size: str, run: str, iterations: int) -> dict[str, Any]:
     """Peak of this process's memory while a KD run gets ready from its folder, or from nothing, and trains up to `iterations`."""
     topology, sizes = join(ParallelConfig()), SIZES[size]
-    ready = Ready()
-    with ProcessMemory() as ready.memory:
-        student = new_transfer_net(sizes.net, topology, 0)
-        options = TrainConfig(iterations, topology.world, 1, save_every=10**9, picture_every=0, recompute="none")
-        _fit(KD(student, sizes.diffusion, 0), topology, sizes, options, ready, Path(run))
+    ready = Ready(ProcessMemory())
+    student = new_transfer_net(sizes.net, topology, 0)
+    options = TrainConfig(iterations, topology.world, 1, save_every=10**9, picture_every=0, recompute="none")
+    _fit(KD(student, sizes.diffusion, 0), topology, sizes, options, ready, Path(run))
     held = sum(piece.parameter.nbytes for piece in Pieces(student, topology).values())
     return {"ready_bytes": ready.peak, "trained_bytes": ready.trained, "parameter_bytes": held}
 
@@ -149,7 +144,7 @@ def state(size: str, run: str, iterations: int) -> dict[str, Any]:
 class Ready(Callback):
     """Peak memory until a run is ready to train, optimizer state included, and until it has trained."""
 
-    memory: ProcessMemory | None = None
+    memory: ProcessMemory
     peak: int = 0
     trained: int = 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from cosmos_mp.evaluate.statistics import bootstrap, ratio_of_means
 from cosmos_mp.models.weights import fingerprint, named_weights
 from cosmos_mp.options import save
 from cosmos_mp.parallel.topology import Topology, single_process
+from cosmos_mp.revision import revision
 from cosmos_mp.roles import load_transfer_net, unconditional_text
 from cosmos_mp.text import build_text_encoder
 from cosmos_mp.tokenizers import Tokenizer, build_tokenizer
@@ -393,12 +393,9 @@ def _ceiling(clips: Clips, real_videos: np.ndarray) -> dict[str, Any]:
 
 
 def _about(config: EvaluateRun, topology: Topology, networks: dict[str, Denoiser], clips: Clips) -> dict[str, Any]:
-    revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": revision.stdout.strip() or "unknown",
+        "commit": revision(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {topology.device.type}",
         "torch": torch.__version__,
         "clips": len(clips.batch),

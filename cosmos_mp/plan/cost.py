@@ -93,9 +93,8 @@ def kd_traffic(
     *,
     summed: int = 0,
     size: int = 4,
-    samples: int = 1,
 ) -> Counter[str]:
-    """Bytes that one rank sends in a KD iteration of one micro-batch without recomputation, by collective, as rings of ranks send them.
+    """Bytes that one rank sends in a KD iteration of one sample without recomputation, by collective, as rings of ranks send them.
 
     Scalars are left out.
 
@@ -106,7 +105,7 @@ def kd_traffic(
     """
     tp, cp = parallel.tp, parallel.cp
     blocks = net.blocks + net.control_blocks
-    unit = samples * tokens_of(diffusion) // cp * net.hidden * size  # the tokens of a rank of cp, once
+    unit = tokens_of(diffusion) // cp * net.hidden * size  # the tokens of a rank of cp, once
     bytes_sent: Counter[str] = Counter()
     if cp > 1 and parallel.cp_attention == "ulysses":  # q, k, v and the result change hands, and their gradients
         bytes_sent["all_to_all"] += 2 * blocks * 4 * (unit // tp) * (cp - 1) // cp
@@ -118,8 +117,8 @@ def kd_traffic(
             bytes_sent["reduce_scatter"] += sums
             bytes_sent["all_gather"] += sums
             # At the region's edges: gradients of tokens (three times) and of positions (once per trunk), and the network's output.
-            output = samples * tokens_of(diffusion) // cp * PATCH**2 * net.latent_channels * size
-            bytes_sent["all_gather"] += (3 * unit + 2 * unit // samples + output) * (tp - 1) // tp
+            output = tokens_of(diffusion) // cp * PATCH**2 * net.latent_channels * size
+            bytes_sent["all_gather"] += (5 * unit + output) * (tp - 1) // tp
         else:
             bytes_sent["all_reduce"] += 2 * sums
     if summed:

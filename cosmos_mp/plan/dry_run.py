@@ -12,10 +12,10 @@ from cosmos_mp.backends.local import LocalBackend
 from cosmos_mp.config import DMD2Run, EncodeRun, EvaluateRun, KDRun, NetConfig, PairsRun, SampleRun, TeacherRun
 from cosmos_mp.diffusion.samplers import guidance_words
 from cosmos_mp.models.discriminator import Discriminator
-from cosmos_mp.models.embeddings import PATCH
 from cosmos_mp.models.transfer import TransferNet
 from cosmos_mp.options import to_dict
 from cosmos_mp.parallel.topology import rank_and_world, single_process
+from cosmos_mp.plan.cost import tokens_of
 from cosmos_mp.plan.memory import role_memory
 from cosmos_mp.training.loop import micro_batches
 from cosmos_mp.training.stage import check_run
@@ -89,8 +89,7 @@ def dry_run(config: Any) -> None:
     for role, network in role_networks(config).items():
         print(f"{role}: {parameters(network):,} parameters")
     channels, frames, height, width = config.diffusion.latent_shape
-    tokens = frames * (height // PATCH) * (width // PATCH)
-    print(f"latent ({channels}, {frames}, {height}, {width}), {tokens:,} tokens of width {config.net.hidden}")
+    print(f"latent ({channels}, {frames}, {height}, {width}), {tokens_of(config.diffusion):,} tokens of width {config.net.hidden}")
     train = getattr(config, "train", None)
     if train:
         parallel = config.parallel

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from datetime import date
 from importlib import import_module
 from pathlib import Path
+
+from cosmos_mp.revision import revision
 
 sys.path.insert(0, str(Path(__file__).parent))
 ranks, runs = import_module("ranks"), import_module("runs")
@@ -24,8 +25,7 @@ def main(path: Path) -> None:
         gradients = max(value for each in found for value in each.values())
         rows[name] = {"ranks": world, "gradients": gradients, "first losses": first, "losses after 20 iterations": last}
         print(name, rows[name], flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip() or "unknown"
-    path.write_text(json.dumps({"date": str(date.today()), "commit": commit, "layouts": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"date": str(date.today()), "commit": revision(), "layouts": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

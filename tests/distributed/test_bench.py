@@ -47,20 +47,10 @@ def test_every_collective_is_counted_as_a_ring_sends_it(run_ranks):
     assert run_ranks(4, count) == [expected] * 4
 
 
-LAYOUTS = {
-    "TP2": (2, ParallelConfig(tp=2)),
-    "TP2+SP": (2, ParallelConfig(tp=2, sequence_parallel=True)),
-    "CP4 Ulysses": (4, ParallelConfig(cp=4)),
-    "CP4 ring": (4, ParallelConfig(cp=4, cp_attention="ring")),
-    "TP2 x CP2": (4, ParallelConfig(tp=2, cp=2)),
-    "FSDP 4": (4, ParallelConfig()),
-    "HSDP 2 x 2": (4, ParallelConfig(shard=2)),
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", parallel.LAYOUTS)
 def test_layouts_send_what_is_predicted(run_ranks, runs, name):
-    world, layout = LAYOUTS[name]
+    world, options = parallel.LAYOUTS[name]
+    layout = ParallelConfig(**options)
 
     class Counted(Callback):
         def on_start(self, state):
