@@ -75,7 +75,10 @@ while [ ${#pids[@]} -gt 0 ]; do
     case $status in
       0) ;;
       75) [ "$code" -ne 0 ] || code=75 ;;
-      *) [ "$status" -le "$failed" ] || failed=$status ;;
+      *)
+        [ -n "$deadline" ] || echo "error: rank $i ended with $status; the others are told to end" >&2
+        [ "$status" -le "$failed" ] || failed=$status
+        ;;
     esac
   done
   if [ "$failed" -ne 0 ] && [ -z "$deadline" ]; then # what ends after this was told to

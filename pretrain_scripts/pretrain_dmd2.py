@@ -9,13 +9,14 @@ from cosmos_mp.diffusion.edm import Denoiser
 from cosmos_mp.diffusion.samplers import answer_in_one_step, guidance_words
 from cosmos_mp.distill.dmd2 import DMD2
 from cosmos_mp.parallel.context import frame_sums
+from cosmos_mp.parallel.topology import Topology
 from cosmos_mp.roles import load_transfer_net, new_discriminator, unconditional_text
-from cosmos_mp.training.stage import meet, open_held_out, open_store, train
+from cosmos_mp.training.stage import on_all_ranks, open_held_out, open_store, train
 
 
-def main(config: DMD2Run) -> int:
+@on_all_ranks
+def main(config: DMD2Run, topology: Topology) -> int:
     # --- Data: opened before any network, so that a wrong path costs seconds ---
-    topology = meet(config)
     clips, held_out = open_store(config.clips, "clips", config), open_held_out(config, topology)
 
     # --- Roles: after KD the student is no longer the teacher; the fake score starts as either ---

@@ -10,13 +10,14 @@ from cosmos_mp.diffusion.samplers import answer_in_one_step
 from cosmos_mp.distill.kd import KD
 from cosmos_mp.models.weights import fingerprint
 from cosmos_mp.parallel.pieces import Pieces, Wholes
+from cosmos_mp.parallel.topology import Topology
 from cosmos_mp.roles import load_transfer_net
-from cosmos_mp.training.stage import meet, open_held_out, open_store, train
+from cosmos_mp.training.stage import on_all_ranks, open_held_out, open_store, train
 
 
-def main(config: KDRun) -> int:
+@on_all_ranks
+def main(config: KDRun, topology: Topology) -> int:
     # --- Data: opened before any network, so that a wrong path costs seconds ---
-    topology = meet(config)
     pairs, held_out = open_store(config.pairs, "pairs", config), open_held_out(config, topology)
 
     # --- Roles: the student starts as the teacher; a frozen teacher is needed for the pictures alone ---

@@ -8,13 +8,14 @@ from cosmos_mp.config import TeacherRun
 from cosmos_mp.diffusion.edm import Denoiser
 from cosmos_mp.diffusion.samplers import answer_in_one_step
 from cosmos_mp.distill.teacher import TeacherPretraining
+from cosmos_mp.parallel.topology import Topology
 from cosmos_mp.roles import load_transfer_net, new_transfer_net
-from cosmos_mp.training.stage import meet, open_held_out, open_store, train
+from cosmos_mp.training.stage import on_all_ranks, open_held_out, open_store, train
 
 
-def main(config: TeacherRun) -> int:
+@on_all_ranks
+def main(config: TeacherRun, topology: Topology) -> int:
     # --- Data: opened before any network, so that a wrong path costs seconds ---
-    topology = meet(config)
     clips, held_out = open_store(config.clips, "clips", config), open_held_out(config, topology)
 
     # --- Role ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from cosmos_mp.config import ParallelConfig
 from cosmos_mp.parallel.layout import check_world
+from cosmos_mp.parallel.watch import Watch
 
 T = TypeVar("T")
 
@@ -33,6 +35,7 @@ class Topology:
         mesh: the world as (replicate, shard, tp); FSDP shards over the middle one. None in a process that works for itself alone and
             whose networks are whole.
         options: what the run asks of its layout.
+        watch: what answers for this process while others ask who is lost; None until a stage sets it up.
     """
 
     rank: int
@@ -44,6 +47,7 @@ class Topology:
     dp_cp_group: dist.ProcessGroup
     mesh: DeviceMesh | None = None
     options: ParallelConfig = ParallelConfig()
+    watch: Watch | None = None
 
     @property
     def fsdp_mesh(self) -> DeviceMesh:
@@ -59,11 +63,21 @@ class Topology:
             except Exception as error:
                 box = [(None, error)]
         if self.mesh is not None and self.world > 1:
+            box = [(box[0][0], box[0][1] and _sendable(box[0][1]))]
             dist.broadcast_object_list(box, src=0)
         value, error = box[0]
         if error is not None:
             raise error
         return value
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or its words where it cannot be sent: rank 0 would fail alone, and the others wait for it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -10,10 +10,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from cosmos_mp.parallel.topology import Topology
+if TYPE_CHECKING:
+    from cosmos_mp.parallel.topology import Topology
 
 PERIOD = 0.5
 """Seconds between two looks for an alarm."""
@@ -60,7 +62,7 @@ class Watch:
 
     def explain(self, error: BaseException) -> BaseException:
         """The error itself, or where it comes from a collective among several ranks: who is lost."""
-        if self.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+        if isinstance(error, LostRank) or self.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
             return error
         here = f"rank {self.rank}, {self._words()}"
         return LostRank(f"{here}: {self._who()}; the last checkpoint stands: start the same command again ({str(error).strip()[:300]})")

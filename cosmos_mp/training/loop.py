@@ -165,7 +165,7 @@ def fit(
     topology = topology or single_process()
     own_steps = _count_steps(method, config.iterations, optim)
     accumulation = micro_batches(config, topology.dp_group.size())
-    watch = Watch(topology)
+    watch = topology.watch or Watch(topology)
     with watch.explaining("opening the run"):
         checkpoint.open_run(run_dir, settings, topology)
         state = _start(method, config, optim, ema, ema_role, Path(run_dir), topology)

@@ -172,7 +172,10 @@ class Saver:
             target.rename(target.with_name(f"{target.name}.replaced.partial"))
         partial.rename(target)
         sync_folder(target.parent)
-        self._prune(target)
+        try:
+            self._prune(target)
+        except OSError as error:  # the checkpoint is there, and the next save tries again
+            log.warning("%s is saved; an older one could not be removed (%s)", target, error)
 
     def _prune(self, saved: Path) -> None:
         # Newer ones than the one just saved are damaged: the run went on from before them. They neither count nor go.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import wraps
 from pathlib import Path
+from typing import TypeVar
 
 from cosmos_mp.config import DMD2Run, KDRun, OptimConfig, TeacherRun
 from cosmos_mp.data.dataset import LatentDataset
@@ -12,10 +15,13 @@ from cosmos_mp.distill.method import Method
 from cosmos_mp.options import DATA, to_dict
 from cosmos_mp.parallel.layout import check_layout
 from cosmos_mp.parallel.topology import Topology, join, rank_and_world
+from cosmos_mp.parallel.watch import Watch
 from cosmos_mp.training.callbacks import Callback, ConsoleLog, JsonLines, Pictures, ProgressBar, TensorBoard
 from cosmos_mp.training.checkpoint import exclusive
 from cosmos_mp.training.loop import fit, micro_batches
 from cosmos_mp.training.samples import HeldOut
+
+Run = TypeVar("Run", TeacherRun, KDRun, DMD2Run)
 
 INTERRUPTED = 75
 """Exit code of a run that a signal ended after saving (EX_TEMPFAIL): start it again and it goes on."""
@@ -29,6 +35,24 @@ def meet(config: TeacherRun | KDRun | DMD2Run) -> Topology:
     """
     check_run(config, rank_and_world()[1])
     return join(config.parallel)
+
+
+def on_all_ranks(main: Callable[[Run, Topology], int]) -> Callable[[Run], int]:
+    """A stage's main function, given its place among the processes that run it; one that is lost on the way is named.
+
+    Raises:
+        ConfigError: as `meet`.
+        LostRank: another rank died or hung while data and networks were being opened, or later.
+    """
+
+    @wraps(main)
+    def run(config: Run) -> int:
+        topology = meet(config)
+        watch = Watch(topology)
+        with watch.explaining("opening data and networks"):
+            return main(config, replace(topology, watch=watch))
+
+    return run
 
 
 def check_run(config: TeacherRun | KDRun | DMD2Run, world: int) -> int:

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import pytest
 import torch
 
 from cosmos_mp.config import ParallelConfig
-from cosmos_mp.training import checkpoint
+from cosmos_mp.parallel.topology import Topology, join
+from cosmos_mp.training import checkpoint, stage
 
 TIMEOUT = 4.0
 """Of the collectives, seconds."""
@@ -113,6 +115,26 @@ def test_a_rank_that_dies_before_the_first_iteration_is_named(start, runs, tmp_p
     start(2, "ranks", lambda rank: runs.train("kd", layout, runs.TRAIN, run_dir=tmp_path / "run"))
     (told,) = wait_for([tmp_path / "ranks" / "told.0"], 30)
     assert told.startswith("LostRank: rank 0, opening the run for") and "no answer from rank 1, dead or stopped" in told, told
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_rank_that_dies_while_networks_are_opened_is_named_once(start, tmp_path, monkeypatch, nested):
+    layout = ParallelConfig(timeout=TIMEOUT)
+    monkeypatch.setattr(stage, "meet", join)
+
+    @stage.on_all_ranks
+    def main(config: ParallelConfig, topology: Topology) -> None:
+        topology.on_first(lambda: "met")
+        if topology.rank == 1:
+            die()
+        with topology.watch.explaining("in a part that explains for itself") if nested else nullcontext():
+            torch.distributed.barrier()
+
+    start(2, "ranks", lambda rank: main(layout))
+    (told,) = wait_for([tmp_path / "ranks" / "told.0"], 30)
+    place = "in a part that explains for itself" if nested else "opening data and networks"
+    assert told.startswith(f"LostRank: rank 0, {place} for"), told
+    assert told.count("no answer from rank 1, dead or stopped") == 1, told
 
 
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(start, run_ranks, runs, tmp_path):

@@ -419,6 +419,7 @@ def test_a_nodes_code_is_its_processes_own(acted, codes, code):
 def test_one_that_fails_ends_the_others_which_may_still_speak(acted):
     code, said = finish(node(acted, "kd", "tiny_kd", "--gpus", "2", STUB_CODES="wait 3", STUB_SAVES="0.1"))
     assert code == 3, said
+    assert "error: rank 1 ended with 3; the others are told to end" in said and "rank 0 ended" not in said
     assert (acted.folder / "saved0").exists()
 
 
@@ -517,6 +518,17 @@ def test_a_signalled_job_saves_goes_back_to_the_queue_and_goes_on(cluster, world
     code, said = finish(cluster.start("kd.sbatch", preset, *options, env=cluster.job(2, SLURM_RESTART_COUNT="1")))
     assert code == 0 and "start number 2" in said, said
     assert latest(run).name == f"iter_{done + 2:08d}" and len(cluster.requeued()) == 1
+
+
+def test_a_dmd2_job_trains_all_roles_over_its_ranks(cluster, world):
+    """A frame of the clip to each; the clip has three, and so does the job."""
+    layout = ["--parallel.cp", 3, "--parallel.cp_attention", "ring", "--head.kind", "conv2d"]
+    preset, *options = world.words("dmd2", "job_dmd2", "--student", "", "--train.iterations", 2, *layout)
+    code, said = finish(cluster.start("dmd2.sbatch", preset, *options, env=cluster.job(3)))
+    assert code == 0, said
+    entries = list(lines(world.root / "job_dmd2" / "log.jsonl"))
+    assert [sorted(entry["grad_norms"]) for _, entry in entries] == [["student"], ["discriminator", "fake_score"]], entries
+    assert latest(world.root / "job_dmd2").name == "iter_00000002" and cluster.requeued() == []
 
 
 def test_two_processes_of_a_node_share_the_pairs(cluster, world):

@@ -193,3 +193,19 @@ def test_the_first_tells_the_others_also_of_its_error(monkeypatch):
     with pytest.raises(KeyError, match="lost"):
         topology.on_first(fail)
     assert told == [(5, None), (None, error)]
+
+
+def test_an_error_that_cannot_be_sent_goes_in_words(monkeypatch):
+    told = []
+    monkeypatch.setattr(module.dist, "broadcast_object_list", lambda box, src: told.append(box[0]))
+    topology = replace(join(ParallelConfig()), world=2)
+
+    class Local(ValueError):  # pickle finds no class inside a function
+        pass
+
+    def fail():
+        raise Local("disk 3")
+
+    with pytest.raises(RuntimeError, match="Local: disk 3"):
+        topology.on_first(fail)
+    assert str(told[0][1]) == "Local: disk 3"

@@ -133,6 +133,21 @@ def test_an_old_one_that_cannot_be_deleted_is_no_failure_of_the_new_one(tmp_path
     assert names(tmp_path) == ["iter_00000006"]
 
 
+def test_an_old_one_that_cannot_be_moved_away_is_no_failure_of_the_new_one(tmp_path, monkeypatch, caplog):
+    saved(tmp_path, 2)
+    rename = Path.rename
+
+    def stuck(path: Path, target: Path) -> Path:
+        if path.name == "iter_00000002":
+            raise OSError(errno.EACCES, "Permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stuck)
+    (path,) = saved(tmp_path, 4, keep_last=1)
+    assert holds(path, 4.0) and latest(tmp_path) == path
+    assert "iter_00000004 is saved; an older one could not be removed" in caplog.text and "Permission denied" in caplog.text
+
+
 def test_leftovers_of_a_killed_save_go_at_the_next_one(tmp_path):
     leftover = tmp_path / "checkpoints/iter_00000002.partial"
     leftover.mkdir(parents=True)
