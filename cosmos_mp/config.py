@@ -10,6 +10,7 @@ from typing import Any, Literal
 Control = Literal["edge", "vis", "depth", "keypoint", "seg"]
 EdgePreset = Literal["random", "none", "very_low", "low", "medium", "high", "very_high"]
 Head = Literal["conv3d", "conv2d", "attention", "spatial_temporal"]
+Kernels = Literal["auto", "triton", "torch"]
 
 
 class ConfigError(ValueError):
@@ -397,6 +398,8 @@ class TeacherRun:
     """Encoded clips to train on: the output of `python -m cosmos_mp encode`."""
     holdout: str = "datasets/clips/holdout"
     """Encoded clips that are never trained on; pictures are drawn from them."""
+    kernels: Kernels = "auto"
+    """Fused Triton kernels or torch's own operators; auto = Triton on a GPU."""
     net: NetConfig = field(default_factory=NetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     loss: TeacherLossConfig = field(default_factory=TeacherLossConfig)
@@ -426,6 +429,8 @@ class PairsRun:
     """Pairs per shard file; a finished shard is never made twice."""
     negative_prompt: str = ""
     """Text of the negative prompt; empty = the recipe's own."""
+    kernels: Kernels = "auto"
+    """Fused Triton kernels or torch's own operators; auto = Triton on a GPU."""
     net: NetConfig = field(default_factory=NetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -446,6 +451,8 @@ class KDRun:
     pairs: str = "datasets/pairs/edge"
     holdout: str = "datasets/clips/holdout"
     """Encoded clips that are never trained on; pictures are drawn from them."""
+    kernels: Kernels = "auto"
+    """Fused Triton kernels or torch's own operators; auto = Triton on a GPU."""
     net: NetConfig = field(default_factory=NetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -472,6 +479,8 @@ class DMD2Run:
     """Encoded clips to train on: the output of `python -m cosmos_mp encode`."""
     holdout: str = "datasets/clips/holdout"
     """Encoded clips that are never trained on; pictures are drawn from them."""
+    kernels: Kernels = "auto"
+    """Fused Triton kernels or torch's own operators; auto = Triton on a GPU."""
     net: NetConfig = field(default_factory=NetConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -526,6 +535,8 @@ class EvaluateRun:
     """Report the energy of stripes of this period in pixels; 0 = leave it out."""
     checks: Literal["none", "calls", "recipe"] = "none"
     """What must hold for success: nothing; that students need one call; or all that the quickstart's recipe promises."""
+    kernels: Kernels = "auto"
+    """Fused Triton kernels or torch's own operators; auto = Triton on a GPU."""
     net: NetConfig = field(default_factory=NetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -553,6 +564,8 @@ class SampleRun:
     """Run folder, Hugging Face folder, or NVIDIA's released student file."""
     seed: int = 0
     control_weight: float = 1.0
+    kernels: Kernels = "auto"
+    """Fused Triton kernels or torch's own operators; auto = Triton on a GPU."""
     net: NetConfig = field(default_factory=NetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)

@@ -18,14 +18,16 @@ from cosmos_mp.backends.local import LocalBackend
 from cosmos_mp.config import DiffusionConfig, DMD2Config, HeadConfig, NetConfig, SamplerConfig
 from cosmos_mp.convert.nvidia import read_network, to_nvidia
 from cosmos_mp.diffusion.edm import Condition, Denoiser, Given, bcast, scalings
-from cosmos_mp.diffusion.samplers import first_step, one_step, sample_teacher, second_order_step
+from cosmos_mp.diffusion.samplers import first_step, guide, one_step, sample_teacher, second_order_step
 from cosmos_mp.diffusion.schedules import edm_ramp
 from cosmos_mp.distill.conditioning import first_frames
 from cosmos_mp.distill.dmd2 import DMD2, Draws
-from cosmos_mp.distill.losses import kd_loss, vsd_loss, vsd_scale, vsd_weight
+from cosmos_mp.distill.losses import kd_loss, vsd_weight
 from cosmos_mp.distill.method import StepOutput
+from cosmos_mp.kernels.adaln import modulate
+from cosmos_mp.kernels.dmd2_loss import Outputs, dmd2_loss
+from cosmos_mp.kernels.qk_norm_rope import rotate
 from cosmos_mp.models import embeddings
-from cosmos_mp.models.block import modulate
 from cosmos_mp.models.discriminator import GROUPS, SLOPE, Discriminator
 from cosmos_mp.models.dit import NetInput
 from cosmos_mp.models.transfer import TransferNet
@@ -209,17 +211,15 @@ def run_dmd2_step(case: Case) -> Values:
     vsd, gan = output.terms["vsd"], output.terms["gan"]
     grads = {"vsd": _gradients(networks["student"], vsd.value), "gan": _gradients(networks["student"], gan.value)}
     grads["total"] = {name: value + gan.weight * grads["gan"][name] for name, value in grads["vsd"].items()}
-    sigma = bcast(io["sigma"])
-    xt = scores.y + sigma * io["eps"]
     values |= {
         "x0_gen": scores.y,
         "teacher_eps_cond": scores.teacher.eps,
-        "teacher_eps_guided": (xt - scores.guided_x0) / sigma,
+        "teacher_eps_guided": guide(scores.teacher.eps, scores.unconditional.eps, config["guidance"]),
         "fake_score_eps": scores.fake_score.eps,
         "student_vsd_loss": vsd.value,
         "student_gan_loss": gan.value,
         "student_total": _total(output),
-        "vsd_weight": vsd_weight(io["sigma"], vsd_scale(scores.y, scores.guided_x0)).flatten(),
+        "vsd_weight": vsd_weight(io["sigma"], scores.scale[:, 0]),
         "student_grad_norm": _norm(grads["total"]),
         "student_grad_norm_vsd": _norm(grads["vsd"]),
         "student_grad_norm_gan": _norm(grads["gan"]),
@@ -267,10 +267,11 @@ def run_ops(case: Case) -> Values:
     dim = sizes["timestep_embedding"]["dim"]
     time = embeddings.timestep_embedding(io["timestep_embedding.t"], dim)
     edm = scalings(io["edm.sigma"], 0.5)
-    sigma_b = bcast(io["vsd.sigma"])
+    sigma = io["vsd.sigma"]
     y = io["vsd.gen"].clone().requires_grad_()
-    yt = y.detach() + sigma_b * io["vsd.eps"]
-    vsd = vsd_loss(y, yt - sigma_b * io["vsd.teacher_eps"], yt - sigma_b * io["vsd.fake_eps"])
+    yt = y.detach() + bcast(sigma) * io["vsd.eps"]
+    noises = Outputs(io["vsd.teacher_eps"], None, io["vsd.fake_eps"])  # x0 = x_t - sigma eps
+    vsd, _ = dmd2_loss(y, yt, noises, torch.ones_like(sigma), -sigma, 0.0, lambda error_BT: error_BT.mean(dim=1, keepdim=True))
     group = F.group_norm(io["groupnorm.x"], GROUPS, io["groupnorm.weight"], io["groupnorm.bias"])
     levels = io["ab2.sigmas"]
     tokens = io["unpatchify.tokens"].transpose(0, 1)
@@ -283,7 +284,7 @@ def run_ops(case: Case) -> Values:
         ).transpose(0, 1),
         "rope_angles_base": angles(2.0),
         "rope_angles_control": angles(1.0),
-        "rope_apply_base": embeddings.rotate(io["rope_apply.x"][:, None, None], embeddings.rotation(angles(2.0)[:, None]))[:, 0, 0],
+        "rope_apply_base": rotate(io["rope_apply.x"][:, None, None], *embeddings.rotation(angles(2.0)[:, None]))[:, 0, 0],
         "pos_emb": position(*sizes_thw).reshape(*sizes_thw, -1),
         "timestep_embedding": time,
         "timestep_conditioning": F.rms_norm(time, (dim,), io["timestep_conditioning.affline_norm"], embeddings.EPS),

@@ -15,9 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from cosmos_mp.diffusion.edm import Condition, Denoised, Denoiser
 from cosmos_mp.distill.dmd2 import DMD2
-from cosmos_mp.models.block import Attention, Block, Modulation, modulate
+from cosmos_mp.kernels.adaln import modulate
+from cosmos_mp.kernels.qk_norm_rope import rotate
+from cosmos_mp.models.block import Attention, Block, Modulation
 from cosmos_mp.models.discriminator import Discriminator
-from cosmos_mp.models.embeddings import Rotation, rotate
+from cosmos_mp.models.embeddings import Rotation
 from cosmos_mp.parallel.collectives import join
 from cosmos_mp.parallel.topology import Topology
 
@@ -70,7 +72,7 @@ def _modulated(modulation: Modulation, h: Tensor, conditioning: Tensor, shared: 
 def _attend(attention: Attention, x: Tensor, context: Tensor, rotation: Rotation | None) -> Tensor:
     def normed(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         query, key = attention.q_norm(query), attention.k_norm(key)
-        return (query, key) if rotation is None else (rotate(query, rotation), rotate(key, rotation))
+        return (query, key) if rotation is None else (rotate(query, *rotation), rotate(key, *rotation))
 
     heads = (-1, attention.head_dim)
     query, key, value = (y.unflatten(-1, heads) for y in (attention.q(x), attention.k(context), attention.v(context)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -67,11 +68,36 @@ class Condition:
 
 @dataclass(frozen=True)
 class Denoised:
-    """x0 and eps = (x_t - x0) / sigma, (B, C, T, H, W), or None where only features were asked for."""
+    """A denoiser's answer at x_t; what is made of the network's raw output is made when it is asked for.
 
-    x0: Tensor | None
-    eps: Tensor | None
-    features: tuple[Tensor, ...] = ()
+    Attributes:
+        out: the raw output F, (B, C, T, H, W); None where only features were asked for, and then so are x0 and eps.
+        features: of the blocks that were asked for.
+        xt_BCTHW, sigma_B, factors, given: what the denoiser was asked, and its preconditioning.
+    """
+
+    out: Tensor | None
+    features: tuple[Tensor, ...]
+    xt_BCTHW: Tensor
+    sigma_B: Tensor
+    factors: Scalings
+    given: Given | None
+
+    @cached_property
+    def x0(self) -> Tensor | None:
+        """c_skip x_t + c_out F, and given frames as they were given."""
+        if self.out is None:
+            return None
+        x0 = bcast(self.factors.c_skip) * self.xt_BCTHW + bcast(self.factors.c_out) * self.out.to(at_least_fp32(self.out))
+        if self.given is None:
+            return x0
+        mask = self.given.mask_BT[:, None, :, None, None].to(self.xt_BCTHW.dtype)
+        return mask * self.given.latent_BCTHW + (1 - mask) * x0
+
+    @cached_property
+    def eps(self) -> Tensor | None:
+        """(x_t - x0) / sigma."""
+        return None if self.out is None else (self.xt_BCTHW - self.x0) / bcast(self.sigma_B)
 
 
 class Denoiser:
@@ -90,21 +116,21 @@ class Denoiser:
         tail: Tail = "full",
     ) -> Denoised:
         """Denoise. Given frames enter with almost no noise, and leave as they were given."""
-        c_skip, c_out, c_in, c_noise = scalings(sigma_B, self.config.sigma_data)
+        factors = scalings(sigma_B, self.config.sigma_data)
         x, mask = xt_BCTHW, None
         given = condition.given
         if given is not None:
             mask = given.mask_BT[:, None, :, None, None].to(xt_BCTHW.dtype)
             level = torch.full_like(sigma_B, self.config.condition_sigma)
             # The given frames are scaled as at their own noise level, so that c_in(sigma) below brings them to unit size.
-            rescale = scalings(level, self.config.sigma_data).c_in / c_in
+            rescale = scalings(level, self.config.sigma_data).c_in / factors.c_in
             noisy = given.latent_BCTHW + self.config.condition_sigma * given.noise_BCTHW
             x = mask * noisy * bcast(rescale).to(x.dtype) + (1 - mask) * x
         batch, _, frames, height, width = x.shape
         flags = x.new_zeros(batch, 1, frames, height, width) if mask is None else mask.expand(-1, -1, -1, height, width)
         call = NetInput(
-            x_BCTHW=bcast(c_in) * x,
-            timestep_B=c_noise,
+            x_BCTHW=bcast(factors.c_in) * x,
+            timestep_B=factors.c_noise,
             text_BLD=condition.text_BLD,
             control_BCTHW=condition.control_BCTHW,
             condition_mask_B1THW=flags,
@@ -112,9 +138,4 @@ class Denoiser:
             fps_B=condition.fps_B,
         )
         output = self.network(call, control_weight=self.control_weight, feature_blocks=feature_blocks, tail=tail)
-        if output.out is None:
-            return Denoised(None, None, output.features)
-        x0 = bcast(c_skip) * x + bcast(c_out) * output.out.to(at_least_fp32(output.out))
-        if mask is not None:
-            x0 = mask * given.latent_BCTHW + (1 - mask) * x0
-        return Denoised(x0, (xt_BCTHW - x0) / bcast(sigma_B), output.features)
+        return Denoised(output.out, output.features, xt_BCTHW, sigma_B, factors, given)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 from cosmos_mp.config import DiffusionConfig, DMD2Config, HeadConfig
 from cosmos_mp.data.batch import Batch
 from cosmos_mp.diffusion.edm import Condition, Denoised, Denoiser, bcast
-from cosmos_mp.diffusion.samplers import guide, one_step
+from cosmos_mp.diffusion.samplers import one_step
 from cosmos_mp.diffusion.schedules import draw_dmd2_sigma
 from cosmos_mp.distill import losses
 from cosmos_mp.distill.conditioning import condition_of, unit_noise
 from cosmos_mp.distill.method import StepOutput, Term
+from cosmos_mp.kernels.dmd2_loss import Outputs, dmd2_loss
 
 ADVERSARIAL_ROLES = ("fake_score", "discriminator")
 
@@ -44,12 +46,13 @@ class Draws:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the student's step saw: generated latent, the teacher with text and guided, the fake score, logits (B, heads)."""
+    """What the student's step saw: generated latent, the teacher with text and without, the fake score, normaliser, logits (B, heads)."""
 
     y: Tensor
     teacher: Denoised | None
-    guided_x0: Tensor | None
+    unconditional: Denoised | None
     fake_score: Denoised | None
+    scale: Tensor | None
     fake_logits: Tensor | None
 
 
@@ -129,21 +132,21 @@ class DMD2:
         y = one_step(self.student, draws.epsilon, condition).x0
         yt = y + bcast(sigma) * draws.eps
         judged = self.discriminator is not None
-        teacher, guided, fake, logits = None, None, None, None
+        teacher, without_text, fake, scale, logits = None, None, None, None, None
         terms: dict[str, Term] = {}
         metrics: dict[str, Tensor] = {}
         if not config.ladd:
             # Only the way to the last feature belongs to the graph; the scores enter the loss as constants.
             teacher = self._score(self.teacher, yt, sigma, condition, judged and config.feature_role == "teacher")
             fake = self._score(self.fake_score, yt, sigma, condition, judged and config.feature_role == "fake_score")
-            guided = teacher.x0.detach()
             if config.guidance != 0:
-                with torch.no_grad():
-                    unconditional = self.unconditional_LD.to(condition.text_BLD).expand_as(condition.text_BLD)
-                    guided = guide(guided, self.teacher(yt, sigma, condition.with_text(unconditional)).x0, config.guidance)
-            scale = self._vsd_scale(y.detach(), guided, parts)
-            terms["vsd"] = Term(losses.vsd_loss(y, guided, fake.x0.detach(), scale))
-            metrics["vsd_weight"] = losses.vsd_weight(sigma, scale.mean(dim=2, keepdim=True)).mean()
+                text = self.unconditional_LD.to(condition.text_BLD).expand_as(condition.text_BLD)
+                without_text = self._score(self.teacher, yt, sigma, condition.with_text(text), False)
+            outputs = Outputs(teacher.out, None if without_text is None else without_text.out, fake.out)
+            normalise, given = partial(self._normaliser, parts=parts), condition.given and condition.given.mask_BT
+            loss, scale = dmd2_loss(y, yt, outputs, teacher.factors.c_skip, teacher.factors.c_out, config.guidance, normalise, given)
+            terms["vsd"] = Term(loss)
+            metrics["vsd_weight"] = losses.vsd_weight(sigma, scale.mean(dim=1)).mean()
         if judged:
             source = {"teacher": teacher, "fake_score": fake}[config.feature_role] or self._features(yt, sigma, condition)
             logits = self.discriminator(source.features)
@@ -151,14 +154,18 @@ class DMD2:
         if config.reconstruction_weight > 0:
             terms["reconstruction"] = Term((y - real).pow(2).mean(), config.reconstruction_weight)
         metrics["student_std"] = self._std(y.detach(), parts)
-        return StepOutput(terms, metrics), Scores(y, teacher, guided, fake, logits)
+        return StepOutput(terms, metrics), Scores(y, teacher, without_text, fake, scale, logits)
 
-    def _vsd_scale(self, y: Tensor, teacher_x0: Tensor, parts: int) -> Tensor:
-        """The normaliser over the whole clip, wherever its frames are; or, as published, over each N-th of it."""
+    def _normaliser(self, error_BT: Tensor, parts: int) -> Tensor:
+        """Of each frame's mean error, the mean over the whole clip, wherever its frames are, (B, 1); or, as published, over each N-th of
+        it, (B, T). Never 0."""
         if self.reference_cp:
-            return losses.vsd_scale(y, teacher_x0, chunks=self.reference_cp // parts)
-        scale = losses.vsd_scale(y, teacher_x0)
-        return scale if self.across is None else self.across(scale) / parts
+            chunks = error_BT.unflatten(1, (self.reference_cp // parts, -1))
+            scale = chunks.mean(dim=2, keepdim=True).expand_as(chunks).flatten(1)
+        else:
+            scale = error_BT.mean(dim=1, keepdim=True)
+            scale = scale if self.across is None else self.across(scale) / parts
+        return scale.clamp_min(torch.finfo(scale.dtype).tiny)
 
     def _std(self, y: Tensor, parts: int) -> Tensor:
         """Standard deviation within each whole clip, and its mean over the clips."""

@@ -5,7 +5,6 @@ They compute in at least float32 and never below their input.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,31 +16,9 @@ def kd_loss(x0: Tensor, target: Tensor) -> Tensor:
     return 0.5 * (x0 - target.detach()).pow(2).mean()
 
 
-def vsd_scale(y: Tensor, teacher_x0: Tensor, chunks: int = 1) -> Tensor:
-    """The normaliser mean|y - teacher_x0| per sample, (B, 1, 1, 1, 1); with chunks, per sample and chunk of frames, (B, 1, T, 1, 1)."""
-    batch, channels, frames, height, width = y.shape
-    difference = (y - teacher_x0).abs().reshape(batch, channels, chunks, frames // chunks, height, width)
-    scale = difference.mean(dim=(1, 3, 4, 5)).clamp_min(torch.finfo(y.dtype).tiny)
-    return (scale.repeat_interleave(frames // chunks, dim=1) if chunks > 1 else scale)[:, None, :, None, None]
-
-
-def vsd_loss(y: Tensor, teacher_x0: Tensor, fake_x0: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Variational score distillation of a generated latent y (DMD, arXiv 2311.18828, eq. 7-8).
-
-    0.5 mean((y - target)^2) with target = y - (fake_x0 - teacher_x0) / scale, scale = mean|y - teacher_x0| per sample (`vsd_scale`, the
-    default), and no gradient into the target. The reference writes it in noise form, target = y - w (eps_T - eps_F) / sigma with
-    w = sigma / mean|eps - eps_T|; the two are equal, and this one does not divide a difference of near-equal numbers by a small sigma.
-    The teacher's x0 is the guided one.
-    """
-    with torch.no_grad():
-        scale = vsd_scale(y, teacher_x0) if scale is None else scale
-        target = y - (fake_x0 - teacher_x0) / scale
-    return 0.5 * (y - target).pow(2).mean()
-
-
 def vsd_weight(sigma: Tensor, scale: Tensor) -> Tensor:
-    """The weight w = sigma / mean|eps - eps_T| = sigma^2 / mean|y - teacher_x0|, in the shape of `scale`."""
-    return bcast(sigma) ** 2 / scale
+    """The reference's weight w = sigma / mean|eps - eps_T| = sigma^2 / mean|y - teacher_x0|, (B,); `scale` is the last mean."""
+    return sigma**2 / scale
 
 
 def fake_score_loss(y: Tensor, x0: Tensor, sigma: Tensor, *, space: str, sigma_data: float) -> Tensor:

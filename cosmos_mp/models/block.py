@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos_mp.backends import Backend
 from cosmos_mp.config import NetConfig
-from cosmos_mp.models.embeddings import EPS, Rotation, rotate
+from cosmos_mp.kernels.adaln import adaln
+from cosmos_mp.kernels.qk_norm_rope import qk_norm_rope
+from cosmos_mp.models.embeddings import EPS, Rotation
 
 
-def modulate(h_SBD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """LayerNorm without affine, then * (1 + scale) + shift."""
-    return torch.addcmul(shift_BD, F.layer_norm(h_SBD, h_SBD.shape[-1:], eps=EPS), 1 + scale_BD)
+class Modulated(NamedTuple):
+    """Vectors (B, D) of one adaptive layer norm; the final layer has no gate."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor | None = None
 
 
 class Modulation(nn.Module):
@@ -25,10 +32,10 @@ class Modulation(nn.Module):
         self.down = nn.Linear(hidden, rank, bias=False)
         self.up = nn.Linear(rank, parts * hidden, bias=False)
 
-    def forward(self, conditioning_BD: Tensor, shared_B3D: Tensor) -> tuple[Tensor, ...]:
-        """(B, D), (B, 3D) -> `parts` tensors (B, D): shift, scale and, with three parts, gate."""
+    def forward(self, conditioning_BD: Tensor, shared_B3D: Tensor) -> Modulated:
+        """From the conditioning (B, D) and the shared term (B, 3D)."""
         values = self.up(self.down(F.silu(conditioning_BD)))
-        return (values + shared_B3D[:, : values.shape[-1]]).chunk(self.parts, dim=-1)
+        return Modulated(*(values + shared_B3D[:, : values.shape[-1]]).chunk(self.parts, dim=-1))
 
 
 class Attention(nn.Module):
@@ -48,9 +55,8 @@ class Attention(nn.Module):
     def forward(self, x_SBD: Tensor, context_LBD: Tensor, rotation: Rotation | None = None) -> Tensor:
         """Attend from x to the context; a rotation turns both where one is given."""
         query, key, value = (y.view(*y.shape[:2], -1, self.head_dim) for y in (self.q(x_SBD), self.k(context_LBD), self.v(context_LBD)))
-        query, key = self.q_norm(query), self.k_norm(key)
-        if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
+        turn = rotation or ()
+        query, key = qk_norm_rope(query, self.q_norm.weight, *turn), qk_norm_rope(key, self.k_norm.weight, *turn)
         return self.out(self.attend(query, key, value))
 
 
@@ -81,11 +87,8 @@ class Block(nn.Module):
     def forward(
         self, h_SBD: Tensor, position_S1D: Tensor, rotation: Rotation, text_LBD: Tensor, conditioning_BD: Tensor, shared_B3D: Tensor
     ) -> Tensor:
-        h = h_SBD + position_S1D
-        shift, scale, gate = self.self_mod(conditioning_BD, shared_B3D)
-        x = modulate(h, shift, scale)
-        h = torch.addcmul(h, gate, self.self_attn(x, x, rotation))
-        shift, scale, gate = self.cross_mod(conditioning_BD, shared_B3D)
-        h = torch.addcmul(h, gate, self.cross_attn(modulate(h, shift, scale), text_LBD))
-        shift, scale, gate = self.mlp_mod(conditioning_BD, shared_B3D)
-        return torch.addcmul(h, gate, self.mlp(modulate(h, shift, scale)))
+        attn, cross, mlp = (mod(conditioning_BD, shared_B3D) for mod in (self.self_mod, self.cross_mod, self.mlp_mod))
+        h, x = adaln(h_SBD, position_S1D, attn.shift, attn.scale)
+        h, x = adaln(h, self.self_attn(x, x, rotation), cross.shift, cross.scale, attn.gate)
+        h, x = adaln(h, self.cross_attn(x, text_LBD), mlp.shift, mlp.scale, cross.gate)
+        return torch.addcmul(h, mlp.gate, self.mlp(x))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from cosmos_mp.backends import Backend
 from cosmos_mp.config import NetConfig
-from cosmos_mp.models.block import Block, Modulation, modulate
+from cosmos_mp.kernels.adaln import modulate
+from cosmos_mp.models.block import Block, Modulation
 from cosmos_mp.models.embeddings import (
     PATCH,
     LearnedPosition,
@@ -83,8 +84,8 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(net.hidden, PATCH * PATCH * net.latent_channels, bias=False)
 
     def forward(self, h_SBD: Tensor, conditioning_BD: Tensor, shared_B3D: Tensor) -> Tensor:
-        shift, scale = self.mod(conditioning_BD, shared_B3D)
-        return self.linear(modulate(h_SBD, shift, scale))
+        mod = self.mod(conditioning_BD, shared_B3D)
+        return self.linear(modulate(h_SBD, mod.shift, mod.scale))
 
 
 def _as_is(tokens: Tensor) -> Tensor:

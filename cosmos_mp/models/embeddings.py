@@ -110,15 +110,8 @@ class Rotation(NamedTuple):
 
 
 def rotation(angles_SBD: Tensor) -> Rotation:
-    """Angles (S, B, head_dim) -> what `rotate` multiplies with."""
+    """Angles (S, B, head_dim) -> what queries and keys are turned with."""
     return Rotation(angles_SBD.cos()[:, :, None], angles_SBD.sin()[:, :, None])
-
-
-def rotate(x_SBHD: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate-half rotary embedding: x cos + [-x2, x1] sin, with x1 and x2 the halves of the head."""
-    x = x_SBHD.to(at_least_fp32(x_SBHD))
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * rotation.cos, torch.cat([-second, first], dim=-1), rotation.sin).to(x_SBHD.dtype)
 
 
 class LearnedPosition(nn.Module):

@@ -42,6 +42,7 @@ MARKER = "COMPLETE.json"
 CONFIG = "config.json"
 MAY_CHANGE = {
     "out",
+    "kernels",
     *(
         f"train.{name}"
         for name in ("iterations", "log_every", "save_every", "keep_last", "picture_every", "picture_samples", "tensorboard")

@@ -214,11 +214,17 @@ def test_the_negative_prompt_moves_the_vsd_loss_and_nothing_else(make_method, ma
     assert first["gan"] == second["gan"]
 
 
+def guided_x0(scores) -> Tensor:
+    """By the default guidance."""
+    conditional, unconditional = scores.teacher.x0.detach(), scores.unconditional.x0.detach()
+    return conditional + 5.0 * (conditional - unconditional)
+
+
 def chunked_vsd(scores, chunks: int) -> tuple[Tensor, Tensor]:
     """VSD with one normaliser per sample and chunk of frames, and the mean of its weights over sigma^2, slowly."""
     losses, inverses = [], []
     for b in range(len(scores.y)):
-        parts = [x[b].chunk(chunks, dim=1) for x in (scores.y.detach(), scores.guided_x0, scores.fake_score.x0.detach())]
+        parts = [x[b].detach().chunk(chunks, dim=1) for x in (scores.y, guided_x0(scores), scores.fake_score.x0)]
         for y, guided, fake in zip(*parts, strict=True):
             scale = (y - guided).abs().mean()
             # Given frames agree exactly: a chunk of nothing else has no scale, and nothing to learn.
@@ -271,12 +277,21 @@ def test_the_normaliser_of_a_cut_clip_is_the_mean_over_its_parts(make_method, ma
     scale, moments = asked
     assert output.metrics["student_std"].item() == pytest.approx(expected.metrics["student_std"].item(), rel=1e-9)
     torch.testing.assert_close(moments, torch.stack([scores.y.mean(dim=(1, 2, 3, 4)), scores.y.pow(2).mean(dim=(1, 2, 3, 4))]).detach())
-    torch.testing.assert_close(scale, (scores.y - scores.guided_x0).abs().mean(dim=(1, 2, 3, 4), keepdim=True).detach())
+    torch.testing.assert_close(scale, (scores.y - guided_x0(scores)).abs().mean(dim=(2, 3, 4)).mean(dim=1, keepdim=True).detach())
     assert not scale.requires_grad
     # With a part that says three times as much the mean is twice this one's, and the loss a quarter.
     larger = run(make_method(across=lambda scale: 4 * scale), half, STUDENT)
     assert values(larger)["vsd"] == pytest.approx(values(expected)["vsd"] / 4, rel=1e-12)
     assert values(larger)["gan"] == values(expected)["gan"]
+
+
+def test_the_normaliser_is_never_zero(make_method, make_batch):
+    """Where all frames are given both scores agree with the student, and there is nothing to learn."""
+    method, batch = make_method(), make_batch()
+    draws, condition = method.draw(batch, STUDENT), condition_of(batch, DIFFUSION, 3, STUDENT)
+    given = dataclasses.replace(condition.given, mask_BT=torch.ones_like(condition.given.mask_BT))
+    output, scores = method.student_step(batch.latent_BCTHW, draws, dataclasses.replace(condition, given=given))
+    assert output.terms["vsd"].value.item() == 0.0 and (scores.scale > 0).all() and (1 / scores.scale).isfinite().all()
 
 
 @pytest.mark.parametrize("published", [2, 4])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cosmos_mp.models.block import Attention, Block, Modulation, modulate
+from cosmos_mp.models.block import Attention, Block, Modulation
 from cosmos_mp.models.embeddings import rotation
 from cosmos_mp.models.weights import build
 
@@ -53,11 +53,6 @@ def modulation(layer: Modulation, conditioning: np.ndarray, shared: np.ndarray) 
     return np.split(values + shared[:, : values.shape[-1]], layer.parts, axis=-1)
 
 
-def test_modulate_is_layer_norm_times_one_plus_scale_plus_shift():
-    h, shift, scale = draw(5, 2, 8), draw(2, 8, seed=1), draw(2, 8, seed=2)
-    np.testing.assert_allclose(modulate(h, shift, scale), layer_norm(array(h)) * (1 + array(scale)) + array(shift), atol=1e-12)
-
-
 @pytest.mark.parametrize("parts", [2, 3])
 def test_modulation_adds_the_first_parts_of_the_shared_vector(parts):
     layer = build(lambda: Modulation(6, 4, parts), "cpu", torch.float64)
@@ -66,7 +61,7 @@ def test_modulation_adds_the_first_parts_of_the_shared_vector(parts):
         layer.up.weight.copy_(draw(parts * 6, 4, seed=1))
     conditioning, shared = draw(2, 6, seed=2), draw(2, 18, seed=3)
     expected = modulation(layer, array(conditioning), array(shared))
-    for got, wanted in zip(layer(conditioning, shared), expected, strict=True):
+    for got, wanted in zip(layer(conditioning, shared)[:parts], expected, strict=True):
         np.testing.assert_allclose(array(got), wanted, atol=1e-12)
 
 

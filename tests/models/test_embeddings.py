@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from cosmos_mp.kernels.qk_norm_rope import rotate
 from cosmos_mp.models import embeddings
 from cosmos_mp.models.weights import build
 
@@ -87,7 +88,7 @@ def test_temporal_ratio_of_the_7b():
 def test_rotate_turns_pairs_of_half_a_head():
     draw = torch.Generator().manual_seed(0)
     x, angles = torch.randn(5, 2, 3, 8, generator=draw).double(), torch.randn(5, 2, 4, generator=draw).double()
-    got = embeddings.rotate(x, embeddings.rotation(torch.cat([angles, angles], dim=-1)))
+    got = rotate(x, *embeddings.rotation(torch.cat([angles, angles], dim=-1)))
     turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)[:, :, None]
     torch.testing.assert_close(got, torch.cat([turned.real, turned.imag], dim=-1))
 
@@ -95,9 +96,9 @@ def test_rotate_turns_pairs_of_half_a_head():
 def test_rotate_computes_above_bfloat16_and_returns_it():
     x = torch.randn(4, 1, 1, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     angles = torch.arange(4.0)[:, None, None].expand(4, 1, 8)
-    got = embeddings.rotate(x, embeddings.rotation(angles))
+    got = rotate(x, *embeddings.rotation(angles))
     assert got.dtype == torch.bfloat16
-    assert torch.equal(got, embeddings.rotate(x.float(), embeddings.rotation(angles)).bfloat16())
+    assert torch.equal(got, rotate(x.float(), *embeddings.rotation(angles)).bfloat16())
 
 
 def test_learned_position_is_a_sum_over_its_root_mean_square():
