@@ -132,7 +132,7 @@ def main() -> int:
         for mutation in mutations:
             print(f"{mutation.name:55} {mutation.file:25} {mutation.test}")
         return 0
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore::UserWarning"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::UserWarning"}
     began, missed = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder).resolve())
