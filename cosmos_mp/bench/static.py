@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cosmos_mp.kernels import adaln, dmd2_loss, qk_norm_rope
+from cosmos_mp.kernels import adaln, dmd2_loss, gan_head, qk_norm_rope
 from cosmos_mp.kernels.language import Shipped, triton
 
 CAPABILITIES = (90, 100)
@@ -47,7 +47,7 @@ class Audit:
 
 def shipped() -> list[Shipped]:
     """The launches of all kernels."""
-    return [launch for kernel in (adaln, dmd2_loss, qk_norm_rope) for launch in kernel.shipped()]
+    return [launch for kernel in (adaln, dmd2_loss, gan_head, qk_norm_rope) for launch in kernel.shipped()]
 
 
 def audit(launch: Shipped, capability: int) -> Audit:

@@ -5,10 +5,11 @@ They compute in at least float32 and never below their input.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from cosmos_mp.diffusion.edm import bcast, scalings
+from cosmos_mp.kernels.gan_head import gan_loss
 
 
 def kd_loss(x0: Tensor, target: Tensor) -> Tensor:
@@ -38,12 +39,12 @@ def denoising_loss(x0: Tensor, latent: Tensor, sigma: Tensor, *, sigma_data: flo
 
 def gan_generator_loss(fake_logits: Tensor) -> Tensor:
     """Non-saturating: mean softplus(-D(fake)) over samples and heads."""
-    return F.softplus(-fake_logits).mean()
+    return gan_loss(fake_logits, 0)
 
 
 def discriminator_loss(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
     """mean softplus(D(fake)) + mean softplus(-D(real))."""
-    return F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
+    return gan_loss(torch.cat([fake_logits, real_logits]), len(fake_logits))
 
 
 def r1_penalty(real_logits: Tensor, noised_real_logits: Tensor) -> Tensor:

@@ -9,52 +9,18 @@ sums of norms and logits are, by `across`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from cosmos_mp.config import HeadConfig
+from cosmos_mp.kernels.gan_head import GROUPS, SLOPE, Across, head_logits, mean_of_clip
 from cosmos_mp.models.embeddings import at_least_fp32
 
-GROUPS = 8
-SLOPE = 0.01
 
-
-Across = Callable[[Tensor], Tensor] | None
-"""Adds a tensor up over the holders of a sample's frames; None where one process holds them all."""
-
-
-def _norm_act(channels: int, norm: type[nn.GroupNorm] = nn.GroupNorm) -> list[nn.Module]:
-    return [norm(GROUPS, channels), nn.LeakyReLU(SLOPE)]
-
-
-def _mean(x: Tensor, across: Across) -> Tensor:
-    """(B, ...) -> (B,), the mean over everything else, in float32 or wider."""
-    values = x.flatten(1).to(at_least_fp32(x))
-    if across is None:
-        return values.mean(dim=1)
-    totals = across(torch.stack([values.sum(dim=1), torch.full_like(values[:, 0], values.shape[1])]))
-    return totals[0] / totals[1]
-
-
-class ClipNorm(nn.GroupNorm):
-    """GroupNorm over all frames of a sample, wherever they are."""
-
-    across: Across = None
-
-    def forward(self, x_BCTHW: Tensor) -> Tensor:
-        if self.across is None:
-            return super().forward(x_BCTHW)
-        groups = x_BCTHW.reshape(x_BCTHW.shape[0], self.num_groups, -1).to(at_least_fp32(x_BCTHW))
-        count = groups.new_full((groups.shape[0], 1), groups.shape[2])
-        totals = self.across(torch.cat([groups.sum(dim=2), count], dim=1))
-        count = totals[:, -1:]
-        centred = groups - (totals[:, :-1] / count)[..., None]
-        variance = self.across(centred.pow(2).sum(dim=2)) / count  # of the centred values: nothing cancels
-        y = (centred * (variance + self.eps).rsqrt()[..., None]).view_as(x_BCTHW).to(x_BCTHW.dtype)
-        shape = (1, -1, *[1] * (x_BCTHW.dim() - 2))
-        return torch.addcmul(self.bias.view(shape), y, self.weight.view(shape))
+def _norm_act(channels: int) -> list[nn.Module]:
+    return [nn.GroupNorm(GROUPS, channels), nn.LeakyReLU(SLOPE)]
 
 
 def _check_frames(x_BDTHW: Tensor, kind: str) -> None:
@@ -70,11 +36,12 @@ class Conv3dHead(nn.Module):
     def __init__(self, channels: int, hidden: int):
         super().__init__()
         first = nn.Conv3d(channels, hidden, (2, 4, 4), stride=2, padding=(0, 1, 1))
-        self.net = nn.Sequential(first, *_norm_act(hidden, ClipNorm), nn.Conv3d(hidden, 1, 1))
+        self.net = nn.Sequential(first, *_norm_act(hidden), nn.Conv3d(hidden, 1, 1))
 
     def forward(self, x_BDTHW: Tensor) -> Tensor:
         _check_frames(x_BDTHW, "conv3d")
-        return _mean(self.net(x_BDTHW), self.across)
+        first, norm, _, out = self.net
+        return head_logits(first(x_BDTHW), norm.weight, norm.bias, out.weight, out.bias, self.across)
 
 
 class Conv2dHead(nn.Module):
@@ -89,7 +56,7 @@ class Conv2dHead(nn.Module):
     def forward(self, x_BDTHW: Tensor) -> Tensor:
         batch = x_BDTHW.shape[0]
         logits = self.net(x_BDTHW.transpose(1, 2).flatten(0, 1))
-        return _mean(logits.reshape(batch, -1), self.across)
+        return mean_of_clip(logits.reshape(batch, -1), self.across)
 
 
 class AttentionHead(nn.Module):

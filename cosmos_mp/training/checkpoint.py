@@ -22,6 +22,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from enum import Enum, EnumType
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -399,6 +400,13 @@ class _Reader(dcp.FileSystemReader):
         return self.contents
 
 
+def _member(kind: type[Enum], name: str) -> Enum:
+    """A member of an enumeration, which Python up to 3.11.3 writes down as getattr(kind, name)."""
+    if not isinstance(kind, EnumType) or name not in kind.__members__:
+        raise CheckpointError(f".metadata of a checkpoint refers to {name} of {kind!r}: it was not written by this package")
+    return kind[name]
+
+
 class _Contents(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Callable[..., Any]:
         allowed = {
@@ -410,6 +418,8 @@ class _Contents(pickle.Unpickler):
             "torch": "Size float16 bfloat16 float32 float64 int32 int64",
             "pathlib": "PosixPath",
         }
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name not in allowed.get(module, "").split():
             raise CheckpointError(f".metadata of a checkpoint refers to {module}.{name}: it was not written by this package")
         return super().find_class(module, name)

@@ -75,10 +75,10 @@ def test_golden_cases_hold_with_triton_too(golden, tmp_path, monkeypatch, capsys
     for name in (case, "weights"):
         (tmp_path / name).symlink_to(golden / name)
     launched = []
-    for name in ("adaln", "dmd2_loss", "qk_norm_rope"):
+    for name in ("adaln", "dmd2_loss", "gan_head", "qk_norm_rope"):
         module = __import__(f"cosmos_mp.kernels.{name}", fromlist=["fused"])
         monkeypatch.setattr(module, "fused", lambda x, name=name: launched.append(name) or fused(x))
     with using("triton"):
         assert verify(tmp_path, torch.float32), capsys.readouterr().out
     network = {"adaln", "qk_norm_rope"}
-    assert set(launched) == {"forward": network, "one_step": network, "ops": {"dmd2_loss"}}.get(case, network | {"dmd2_loss"})
+    assert set(launched) == {"forward": network, "one_step": network, "ops": {"dmd2_loss"}}.get(case, network | {"dmd2_loss", "gan_head"})

@@ -15,6 +15,7 @@ from cosmos_mp.kernels.language import Shipped
 LAUNCHES = {
     "adaln": 6,
     "dmd2_loss": 3,
+    "gan_head": 3,
     "qk_norm_rope": 6,
 }
 """Launches that each kernel's file lists."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosmos_mp.config import HeadConfig
-from cosmos_mp.models.discriminator import ClipNorm
+from cosmos_mp.kernels.gan_head import clip_norm
 
 KINDS = ["conv3d", "conv2d", "attention", "spatial_temporal"]
 
@@ -168,6 +168,15 @@ def held_apart(network: torch.nn.Module, holders: Holders, place: int) -> torch.
         if hasattr(own, "part"):
             own.part = place
     return mine
+
+
+class ClipNorm(torch.nn.GroupNorm):
+    """The head's norm with its parameters."""
+
+    across = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return clip_norm(x, self.weight, self.bias, self.across)
 
 
 def norm_of(dtype: torch.dtype, channels: int = 16) -> ClipNorm:

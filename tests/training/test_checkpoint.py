@@ -1,6 +1,7 @@
 """Checkpoints: damage found and named, the newest good one chosen, strict loading; whose folder it is."""
 
 import errno
+import io
 import json
 import logging
 import os
@@ -244,3 +245,22 @@ def test_allowed_changes_are_options_that_exist():
     for prefix, options in (("train.", TrainConfig), ("parallel.", ParallelConfig)):
         names = [name.removeprefix(prefix) for name in checkpoint.MAY_CHANGE if name.startswith(prefix)]
         assert names and all(hasattr(options, name) for name in names)
+
+
+class Reduced:
+    """Pickled as a call of getattr."""
+
+    def __init__(self, *call: object):
+        self.call = call
+
+    def __reduce__(self):
+        return getattr, self.call
+
+
+def test_a_member_of_an_enumeration_may_be_written_as_old_pythons_do():
+    kind = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING
+    read = checkpoint._Contents(io.BytesIO(pickle.dumps(Reduced(kind, "TORCH_CONTIGUOUS_FORMAT")))).load()
+    assert read is kind.TORCH_CONTIGUOUS_FORMAT
+    for call in ((kind, "__class__"), (torch.Size, "numel"), ("text", "format")):
+        with pytest.raises(checkpoint.CheckpointError, match="it was not written by this package"):
+            checkpoint._Contents(io.BytesIO(pickle.dumps(Reduced(*call)))).load()
