@@ -1,10 +1,59 @@
-"""Package metadata; tool settings live in pyproject.toml."""
+"""Package metadata, and the compilation of csrc/; tool settings live in pyproject.toml."""
 
+import shutil
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 CPU_TORCH = "2.13.0"  # the set-up scripts install exactly this one first; clusters keep their container's torch
+
+
+class BuildLibraries(build_ext):
+    """Shared libraries with a C interface, which the package opens with ctypes. They link neither Python nor torch.
+
+    All are optional: without a compiler the package is installed all the same and works with torch alone.
+    """
+
+    def get_ext_filename(self, fullname):
+        return f"{fullname.replace('.', '/')}.so"
+
+    def build_extension(self, ext):
+        if not ext.name.endswith("_cuda"):
+            return super().build_extension(ext)
+        nvcc = shutil.which("nvcc")
+        if nvcc is None or not has_cuda_torch():
+            print(f"{ext.name} is left out: it takes nvcc and, without build isolation, a torch with CUDA")
+            return
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # Hopper and Blackwell, and for later ones what the driver can compile. The CUDA runtime inside is not to be mixed with torch's.
+        targets = [f"-gencode=arch=compute_{a},code={b}" for a, b in ((90, "sm_90"), (100, "sm_100"), (90, "compute_90"))]
+        options = ["-O3", "-std=c++17", "-shared", "-Xcompiler=-fPIC", "-Xlinker=--exclude-libs,ALL", *targets]
+        self.spawn([nvcc, *options, "-o", str(library), *ext.sources])
+
+
+def has_cuda_torch():
+    """Whether this is an environment for GPUs. Building in isolation, pip shows no torch at all."""
+    try:
+        import torch
+    except (ImportError, OSError):
+        return False
+    return torch.version.cuda is not None
+
+
+LIBRARIES = [
+    Extension(
+        "cosmos_mp.kernels.libcanny_cpu",
+        ["csrc/canny.cpp"],
+        depends=["csrc/canny.h"],
+        language="c++",
+        extra_compile_args=["-O3", "-std=c++17", "-fopenmp"],
+        extra_link_args=["-fopenmp"],
+        optional=True,
+    ),
+    Extension("cosmos_mp.kernels.libcanny_cuda", ["csrc/canny.cu"], depends=["csrc/canny.h"], optional=True),
+]
 
 setup(
     name="cosmos-mp",
@@ -16,6 +65,8 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["cosmos_mp", "cosmos_mp.*"]),
     package_data={"cosmos_mp.convert": ["hf_files/*"], "cosmos_mp.evaluate": ["*.html"]},
+    ext_modules=LIBRARIES,
+    cmdclass={"build_ext": BuildLibraries},
     install_requires=[
         "torch>=2.13.0a0",
         "megatron-core>=0.16.1,<0.17",

@@ -258,7 +258,7 @@ def verify(words: list[str]) -> int:
 
 
 def bench(words: list[str]) -> None:
-    """Measure: `bench parallel` compares procedures and layouts on this machine's processes, `bench static` reads compiled kernels."""
+    """Measure: `cpu` beside other libraries, `parallel` layouts on processes, `static` compiled kernels."""
 
     def _parallel(json: Path | None = None, fast: bool = False) -> None:
         """FLOPs, time, memory and bytes sent, printed as tables.
@@ -289,7 +289,21 @@ def bench(words: list[str]) -> None:
         if json is not None:
             write_json(json, found)
 
-    known = {"parallel": _parallel, "static": _static}
+    def _cpu(json: Path | None = None, fast: bool = False) -> None:
+        """Ours beside diffusers, cv2 and eager torch on this CPU, printed as a table of ratios.
+
+        Args:
+            json: file to write the numbers to.
+            fast: small sizes, for a look.
+        """
+        from cosmos_mp.bench.cpu import bench_cpu
+        from cosmos_mp.files import write_json
+
+        found = bench_cpu(fast)
+        if json is not None:
+            write_json(json, found)
+
+    known = {"cpu": _cpu, "parallel": _parallel, "static": _static}
     if not words:
         raise ConfigError(f"bench what? known: {', '.join(known)}")
     commands = {name: partial(_call, function, name=f"bench {name}") for name, function in known.items()}

@@ -26,7 +26,8 @@ set_up() { # extras, such as "test"
     echo "setting up $root/.venv with $("$python" --version)"
     "$python" -m venv --clear "$root/.venv" || return 1
   fi
-  sum=$(cksum <"$root/setup.py") wanted="$torch_pin $1 $sum" found=$(cat "$stamp" 2>/dev/null || true)
+  sum=$({ cat "$root/setup.py" "$root"/csrc/* 2>/dev/null || true; } | cksum) # of all that an installation compiles
+  wanted="$torch_pin $1 $sum" found=$(cat "$stamp" 2>/dev/null || true)
   # What was installed with the tests' packages has all that the rest needs.
   if [ "$found" != "$wanted" ] && [ "$found" != "$torch_pin ${1:-test} $sum" ]; then
     if ! { "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check "$torch_pin" &&

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 TABLE = Path(__file__).with_name("mutations.toml")
 ROOT = Path(__file__).parents[1]
-COPIED = ("cosmos_mp", "tests", "pretrain_scripts", "pyproject.toml", "setup.py")
+COPIED = ("cosmos_mp", "csrc", "tests", "pretrain_scripts", "pyproject.toml", "setup.py")
 LIBRARIES = ["pytest", "torch.utils.tensorboard", "megatron.core.tensor_parallel", "diffusers", "cv2", "av", "tyro"]
 """Imported once for all; together they take longer than most tests."""
 LIMIT_S = 120.0

@@ -10,11 +10,14 @@ import re
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+from cosmos_mp.bench.parallel import markdown
 from cosmos_mp.kernels import adaln, dmd2_loss, gan_head, qk_norm_rope
 from cosmos_mp.kernels.language import Shipped, triton
+from cosmos_mp.revision import revision
 
 CAPABILITIES = (90, 100)
 ALIGNED = 16
@@ -74,17 +77,25 @@ def audit(launch: Shipped, capability: int) -> Audit:
     )
 
 
-def bench_static() -> list[dict[str, Any]]:
+def bench_static() -> dict[str, Any]:
     """Audits of all launches on all architectures, printed as a table."""
-    rows = [audit(launch, capability) for launch in shipped() for capability in CAPABILITIES]
-    print(f"static (compiled code), Triton {triton.__version__}\n")
-    print(f"{'launch':34}{'sm':>5}{'registers':>11}{'spills':>8}{'16-byte':>9}{'scalar':>8}{'MB':>9}{'of least':>10}")
-    for row in rows:
-        accesses = f"{row.wide:9}{row.narrow:8}"
-        print(
-            f"{row.name:34}{row.capability:5}{row.registers:11}{row.stack + row.local:8}{accesses}{row.bytes / 1e6:9.1f}{row.ratio:10.3f}"
-        )
-    return [asdict(row) for row in rows]
+    rows = [asdict(audit(launch, capability)) for launch in shipped() for capability in CAPABILITIES]
+    found = {"date": str(date.today()), "commit": revision(), "triton": triton.__version__, "rows": rows}
+    print(table(found))
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The results as Markdown, a launch on its architectures in one line."""
+    rows = [["launch at CP8", "registers sm_90, sm_100", "cap", "spills", "16-byte accesses", "other than scalars", "MB", "of the least"]]
+    for first, *others in zip(*(found["rows"][start :: len(CAPABILITIES)] for start in range(len(CAPABILITIES))), strict=True):
+        both = (first, *others)
+        registers = ", ".join(str(row["registers"]) for row in both)
+        spills = sum(row["stack"] + row["local"] for row in both)
+        narrow = max(row["narrow"] - row["scalars"] for row in both)
+        numbers = [registers, first["cap"], spills, first["wide"], narrow, f"{first['bytes'] / 1e6:.1f}", f"{first['ratio']:.2f}"]
+        rows.append([first["name"], *map(str, numbers)])
+    return markdown(rows)
 
 
 def _compile(launch: Shipped, capability: int) -> tuple[str, bytes]:

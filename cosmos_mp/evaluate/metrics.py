@@ -6,11 +6,15 @@ Sharpness and texture are energies of one clip. Only their ratio to the real cli
 from __future__ import annotations
 
 import itertools
+import math
 
 import cv2
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
+
+from cosmos_mp.kernels.canny import canny
 
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
@@ -53,7 +57,7 @@ def frechet(x_ND: Tensor | np.ndarray, y_MD: Tensor | np.ndarray) -> float:
 def edge_f1(video_FHWC: np.ndarray, control_FHWC: np.ndarray, low: float, high: float, tolerance: int = 1) -> tuple[float, float, float]:
     """How well a video's Canny edges keep to its edge control: (precision, recall, F1) over all frames.
 
-    `low` and `high` are the thresholds of cv2.Canny on RGB frames, those the control was made with; a control pixel is an edge above 127.
+    `low` and `high` are the thresholds of Canny on RGB frames, those the control was made with; a control pixel is an edge above 127.
     An edge counts as found if the other side has one within `tolerance` pixels (square neighbourhood). No edge on either side is 1; edges
     on one side only are 0. Raises ValueError for anything but two uint8 (F, H, W, 3) arrays of equal shape.
     """
@@ -63,8 +67,9 @@ def edge_f1(video_FHWC: np.ndarray, control_FHWC: np.ndarray, low: float, high: 
         raise ValueError(f"edge_f1: video {video_FHWC.shape} and control {control_FHWC.shape} differ; use the control of this very clip")
     kernel = np.ones((2 * tolerance + 1, 2 * tolerance + 1), np.uint8)
     drawn_count = asked_count = drawn_found = asked_found = 0
-    for frame, control in zip(video_FHWC, control_FHWC, strict=True):
-        drawn = (cv2.Canny(np.ascontiguousarray(frame), low, high) > 0).astype(np.uint8)
+    edges_FHW = canny(torch.from_numpy(np.require(video_FHWC, requirements="CW")), math.floor(low), math.floor(high)).numpy()
+    for edges, control in zip(edges_FHW, control_FHWC, strict=True):
+        drawn = (edges > 0).astype(np.uint8)
         asked = (control.max(axis=-1) > 127).astype(np.uint8)
         drawn_count += int(drawn.sum())
         asked_count += int(asked.sum())

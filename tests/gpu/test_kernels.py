@@ -1,0 +1,109 @@
+"""The compiled kernels on a GPU against their plain-torch versions in float64, at the 7B's size on one rank of CP8. Not run on a GPU yet.
+
+TRITON_INTERPRET=0 python -m pytest tests/gpu
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from cosmos_mp.kernels import using
+from cosmos_mp.kernels.adaln import adaln
+from cosmos_mp.kernels.canny import canny, canny_torch
+from cosmos_mp.kernels.dmd2_loss import Outputs, dmd2_loss
+from cosmos_mp.kernels.gan_head import gan_loss, head_logits
+from cosmos_mp.kernels.language import triton
+from cosmos_mp.kernels.qk_norm_rope import qk_norm_rope
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(triton is None or triton.knobs.runtime.interpret, reason="kernels are interpreted: set TRITON_INTERPRET=0"),
+]
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda", dtype=torch.float64)
+
+
+def adaln_gated(h: Tensor, y: Tensor, parts: Tensor) -> tuple[Tensor, ...]:
+    shift, scale, gate = parts.chunk(3, dim=-1)
+    return adaln(h, y, shift, scale, gate)
+
+
+def adaln_position(h: Tensor, position: Tensor, parts: Tensor) -> tuple[Tensor, ...]:
+    shift, scale, _ = parts.chunk(3, dim=-1)
+    return adaln(h, position, shift, scale)
+
+
+def turned(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    half = draw(x.shape[0], x.shape[1], 1, x.shape[3] // 2, seed=7)
+    angles = torch.cat([half, half], dim=-1).to(torch.promote_types(x.dtype, torch.float32))
+    return (qk_norm_rope(x, weight, angles.cos(), angles.sin()),)
+
+
+def plain(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return (qk_norm_rope(x, weight),)
+
+
+def head(x: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor) -> tuple[Tensor, ...]:
+    logits = head_logits(x.to(memory_format=torch.channels_last_3d), weight, bias, out_weight, out_bias)
+    return logits, gan_loss(logits[:, None], 1)
+
+
+CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], list[tuple[int, ...]]]] = {
+    "adaln, gated": (adaln_gated, [(7040, 1, 4096), (7040, 1, 4096), (1, 3 * 4096)]),
+    "adaln, position, two samples": (adaln_position, [(1001, 2, 4096), (1001, 1, 4096), (2, 3 * 4096)]),
+    "adaln, odd": (adaln_gated, [(77, 3, 1000), (77, 3, 1000), (3, 3000)]),
+    "qk_norm_rope, turned": (turned, [(7040, 1, 32, 128), (128,)]),
+    "qk_norm_rope, text keys": (plain, [(512, 1, 32, 128), (128,)]),
+    "gan_head": (head, [(2, 320, 1, 22, 40), (320,), (320,), (320,), (1,)]),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_every_gradient(case, dtype):
+    function, shapes = CASES[case]
+    own = [draw(*shape, seed=seed).to(dtype).requires_grad_() for seed, shape in enumerate(shapes)]
+    exact = [x.detach().double().requires_grad_() for x in own]
+    with using("torch"):
+        expected = function(*exact)
+        weights = [draw(*x.shape, seed=20 + i) for i, x in enumerate(expected)]
+        gradients = torch.autograd.grad(expected, exact, weights)
+    with using("triton"):
+        got = function(*own)
+        found = torch.autograd.grad(got, own, [weight.to(x.dtype) for weight, x in zip(weights, got, strict=True)])
+    for a, b in zip((*got, *found), (*expected, *gradients), strict=True):
+        assert (a.double() - b).abs().max() < TOLERANCE[dtype] * b.abs().max(), case
+
+
+@pytest.mark.parametrize("outputs_in", TOLERANCE, ids=str)
+def test_dmd2_loss(outputs_in):
+    y, xt, *outputs = (draw(1, 16, 2, 88, 160, seed=seed) for seed in range(5))
+    factors = (torch.tensor([0.02], device="cuda"), torch.tensor([0.49], device="cuda"))
+
+    def mean(error_BT: Tensor) -> Tensor:
+        return error_BT.mean(dim=1, keepdim=True)
+
+    outputs = [F.to(outputs_in) for F in outputs]
+    exact = y.float().double().requires_grad_()
+    with using("torch"):
+        expected, _ = dmd2_loss(exact, xt.float().double(), Outputs(*outputs), *(f.double() for f in factors), 5.0, mean)
+    own = y.float().requires_grad_()
+    with using("triton"):
+        loss, _ = dmd2_loss(own, xt.float(), Outputs(*outputs), *factors, 5.0, mean)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    a, b = torch.autograd.grad(loss, own)[0].double(), torch.autograd.grad(expected, exact)[0]
+    assert (a - b).abs().max() < 1e-5 * b.abs().max()
+
+
+def test_canny():
+    frames = torch.randint(0, 256, (3, 704, 1280, 3), dtype=torch.uint8, device="cuda")
+    assert torch.equal(canny(frames, 100, 200).cpu(), canny_torch(frames.cpu(), 100, 200))
