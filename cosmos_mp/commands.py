@@ -258,7 +258,7 @@ def verify(words: list[str]) -> int:
 
 
 def bench(words: list[str]) -> None:
-    """Measure: `cpu` beside other libraries, `parallel` layouts on processes, `static` compiled kernels."""
+    """Measure: `cpu` beside other libraries, `fp8` accuracy, `parallel` layouts on processes, `static` compiled kernels."""
 
     def _parallel(json: Path | None = None, fast: bool = False) -> None:
         """FLOPs, time, memory and bytes sent, printed as tables.
@@ -303,7 +303,21 @@ def bench(words: list[str]) -> None:
         if json is not None:
             write_json(json, found)
 
-    known = {"cpu": _cpu, "parallel": _parallel, "static": _static}
+    def _fp8(json: Path | None = None, fast: bool = False) -> None:
+        """Accuracy of FP8's recipes beside bfloat16's on a small teacher and its student, printed as tables.
+
+        Args:
+            json: file to write the numbers to.
+            fast: hardly trained, for a look.
+        """
+        from cosmos_mp.bench.fp8 import bench_fp8
+        from cosmos_mp.files import write_json
+
+        found = bench_fp8(fast)
+        if json is not None:
+            write_json(json, found)
+
+    known = {"cpu": _cpu, "fp8": _fp8, "parallel": _parallel, "static": _static}
     if not words:
         raise ConfigError(f"bench what? known: {', '.join(known)}")
     commands = {name: partial(_call, function, name=f"bench {name}") for name, function in known.items()}

@@ -11,6 +11,8 @@ Control = Literal["edge", "vis", "depth", "keypoint", "seg"]
 EdgePreset = Literal["random", "none", "very_low", "low", "medium", "high", "very_high"]
 Head = Literal["conv3d", "conv2d", "attention", "spatial_temporal"]
 Kernels = Literal["auto", "triton", "torch"]
+FP8Recipe = Literal["current", "block", "delayed", "mxfp8"]
+Role = Literal["teacher", "student", "fake_score"]
 
 
 class ConfigError(ValueError):
@@ -310,6 +312,32 @@ class TrainConfig:
             )
 
 
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A window of iterations whose ranges are named, timed and seen by a profiler; outside it nothing is recorded."""
+
+    kind: Literal["none", "nsight", "torch"] = "none"
+    """nsight: NVTX ranges between cudaProfilerStart and -Stop, for examples/profile_nsight.sh; torch: a trace in the run's folder."""
+    memory: bool = False
+    """A snapshot of the GPU's memory and its history over the window, in the run's folder."""
+    start: int = 10
+    """First iteration of the window, 0-based."""
+    stop: int = 15
+    """The one after its last."""
+    ranks: tuple[int, ...] = (0,)
+    """Which processes are profiled."""
+
+    @property
+    def on(self) -> bool:
+        return self.kind != "none" or self.memory
+
+    def __post_init__(self) -> None:
+        some = (lambda ranks: ranks and all(rank >= 0 for rank in ranks), "numbers of ranks, 0 or above")
+        _need("profile.", self, start=NOT_NEGATIVE, ranks=some)
+        if self.stop <= self.start:
+            raise ConfigError(f"profile.stop={self.stop}, the first iteration after the window, must lie above profile.start={self.start}")
+
+
 # --- Parallelism ---
 
 
@@ -323,8 +351,11 @@ class ParallelConfig:
     """Context parallel: ranks that split a clip along its latent frames."""
     dp: int = 0
     """Data parallel: groups of ranks that see different samples; 0 = whatever the number of processes leaves."""
-    cp_attention: Literal["ulysses", "ring"] = "ulysses"
-    """Self-attention over the ranks of cp: all-to-all of heads, or keys and values passed round a ring."""
+    cp_attention: Literal["ulysses", "ring", "ulysses_ring"] = "ulysses"
+    """Self-attention over the ranks of cp: all-to-all of heads, keys and values passed round a ring, or, with Transformer Engine, the
+    former among `cp_ulysses` neighbours and the latter between them."""
+    cp_ulysses: int = 0
+    """Neighbours that trade heads where cp_attention is ulysses_ring."""
     sequence_parallel: bool = False
     """Split what tensor parallelism leaves whole, norms and residuals, along the tokens over the ranks of tp."""
     shard: int = 0
@@ -341,11 +372,99 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         _need("parallel.", self, tp=POSITIVE, cp=POSITIVE, dp=NOT_NEGATIVE, shard=NOT_NEGATIVE, timeout=POSITIVE)
         _need("parallel.", self, reference_cp_scaling=NOT_NEGATIVE)
+        both = self.cp_attention == "ulysses_ring"
+        if both and not (1 < self.cp_ulysses < self.cp and self.cp % self.cp_ulysses == 0):
+            raise ConfigError(
+                f"parallel.cp_attention=ulysses_ring: parallel.cp_ulysses={self.cp_ulysses} must divide parallel.cp={self.cp} and lie "
+                "between 1 and it, both excluded"
+            )
+        if self.cp_ulysses and not both:
+            raise ConfigError(f"parallel.cp_ulysses={self.cp_ulysses} is for parallel.cp_attention=ulysses_ring: set either")
         if self.sequence_parallel and self.tp == 1:
             raise ConfigError("parallel.sequence_parallel splits over the ranks of tp: give parallel.tp at least 2, or leave it off")
 
 
+@dataclass(frozen=True)
+class BackendConfig:
+    """What the blocks of the networks are made of, and what their linears compute in."""
+
+    kind: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Linears, attention and norms of Transformer Engine (bfloat16, GPU) or our own; auto = the former where a run that trains finds it."""
+    fp8: Literal["off", "native", "emulate"] = "off"
+    """native = in FP8, by Transformer Engine. emulate = as if in FP8: operands and gradients are rounded to its values, by our own layers.
+    It measures a recipe's accuracy and saves nothing."""
+    recipe: FP8Recipe = "current"
+    """Scales of FP8: one per tensor, taken from the tensor itself; one per 128 values (128 x 128 of a weight); natively also one per tensor
+    by what earlier steps saw (delayed; its history is in no checkpoint, so that the first step after a resume scales by 1, as a run's
+    first does), or one per 32 values (mxfp8, Blackwell)."""
+    fp8_roles: tuple[Role, ...] = ("teacher",)
+    """Roles in FP8. DMD2's student and fake score learn less per weight than FP8 rounds away: leave them out."""
+
+    def __post_init__(self) -> None:
+        if (self.kind, self.fp8) in (("local", "native"), ("transformer_engine", "emulate")):
+            other, remedy = ("transformer_engine", "emulate") if self.fp8 == "native" else ("local", "native")
+            raise ConfigError(
+                f"backend.fp8={self.fp8} is what backend.kind={other} does: set backend.kind to it, or backend.fp8 to {remedy}"
+            )
+        if self.fp8 == "emulate" and self.recipe in ("delayed", "mxfp8"):
+            raise ConfigError(f"backend.recipe={self.recipe} is not emulated: give current or block, or set backend.fp8 to native")
+
+    def recipe_of(self, role: Role) -> FP8Recipe | None:
+        """How a role's linears compute; None = as they are."""
+        return self.recipe if self.fp8 != "off" and role in self.fp8_roles else None
+
+
 # --- Stages ---
+
+
+FP8_MULTIPLES: dict[FP8Recipe, int] = {"current": 16, "delayed": 16, "mxfp8": 32, "block": 128}
+"""What the sides of a matrix must be multiples of in native FP8."""
+
+
+def _need_native(run: Run, *trained: Role) -> None:
+    """Refuse native FP8 where the stage's sizes, types or roles do not fit its recipe."""
+    backend, parallel, train = run.backend, getattr(run, "parallel", ParallelConfig()), getattr(run, "train", None)
+    if backend.fp8 != "native":
+        return
+    if parallel.compute == "float32":
+        raise ConfigError("backend.fp8=native computes around its products in bfloat16: set parallel.compute to auto or bfloat16")
+    _, frames, height, width = run.diffusion.latent_shape
+    tp, shares = parallel.tp, parallel.tp if parallel.sequence_parallel else 1
+    tokens = frames / parallel.cp * (height // 2) * (width // 2) / shares
+    sides = {
+        f"net.hidden={run.net.hidden} / parallel.tp={tp}": run.net.hidden / tp,
+        f"net.mlp_hidden={run.net.mlp_hidden} / parallel.tp={tp}": run.net.mlp_hidden / tp,
+        f"a rank's tokens, T x H/2 x W/2 of diffusion.latent_shape={run.diffusion.latent_shape} / parallel.cp={parallel.cp}"
+        + f" / parallel.tp={tp}" * (shares > 1): tokens,
+    }
+    multiple = FP8_MULTIPLES[backend.recipe]
+    for name, side in sides.items():
+        if side % multiple:
+            coarse = "set backend.recipe to current (16)" if multiple > 16 and side % 16 == 0 else "set backend.fp8 to off"
+            raise ConfigError(
+                f"backend.recipe={backend.recipe} needs multiples of {multiple}, and {name} = {side:g}: change it, or {coarse}"
+            )
+    if backend.recipe == "delayed":
+        frozen = [role for role in backend.fp8_roles if role not in trained]
+        if frozen:
+            raise ConfigError(
+                f"backend.recipe=delayed moves its scales only where gradients are kept, and the {frozen[0]} is frozen: "
+                "leave it out of backend.fp8_roles, or set backend.recipe to current"
+            )
+        if train.recompute != "none":
+            raise ConfigError(
+                f"backend.recipe=delayed would move its scales between the two forwards of train.recompute={train.recompute}: "
+                "set backend.recipe to current, or train.recompute to none"
+            )
+
+
+def _need_roles(backend: BackendConfig, *roles: Role) -> None:
+    """Refuse FP8 for a role that the stage has not, or for none."""
+    for role in backend.fp8_roles:
+        if role not in roles:
+            raise ConfigError(f"backend.fp8_roles: this stage has no {role}, only {', '.join(roles)}")
+    if backend.fp8 != "off" and not backend.fp8_roles:
+        raise ConfigError(f"backend.fp8={backend.fp8} with no role in backend.fp8_roles: name one of {', '.join(roles)}, or set it to off")
 
 
 def _need_fit(net: NetConfig, diffusion: DiffusionConfig, text: TextConfig | None = None) -> None:
@@ -400,6 +519,7 @@ class TeacherRun:
     """Encoded clips that are never trained on; pictures are drawn from them."""
     kernels: Kernels = "auto"
     """Fused Triton kernels or torch's own operators; auto = Triton on a GPU."""
+    backend: BackendConfig = field(default_factory=BackendConfig)
     net: NetConfig = field(default_factory=NetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     loss: TeacherLossConfig = field(default_factory=TeacherLossConfig)
@@ -408,9 +528,12 @@ class TeacherRun:
     ema: EMAConfig = field(default_factory=lambda: EMAConfig(0.9999))
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
+        _need_roles(self.backend, "teacher")
         _need_fit(self.net, self.diffusion)
+        _need_native(self, "teacher")
 
 
 @dataclass(frozen=True)
@@ -431,14 +554,17 @@ class PairsRun:
     """Text of the negative prompt; empty = the recipe's own."""
     kernels: Kernels = "auto"
     """Fused Triton kernels or torch's own operators; auto = Triton on a GPU."""
+    backend: BackendConfig = field(default_factory=BackendConfig)
     net: NetConfig = field(default_factory=NetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     text: TextConfig = field(default_factory=TextConfig)
 
     def __post_init__(self) -> None:
+        _need_roles(self.backend, "teacher")
         _need("", self, count=POSITIVE, batch_size=POSITIVE, shard_size=POSITIVE)
         _need_fit(self.net, self.diffusion, self.text)
+        _need_native(self)
 
 
 @dataclass(frozen=True)
@@ -453,6 +579,7 @@ class KDRun:
     """Encoded clips that are never trained on; pictures are drawn from them."""
     kernels: Kernels = "auto"
     """Fused Triton kernels or torch's own operators; auto = Triton on a GPU."""
+    backend: BackendConfig = field(default_factory=lambda: BackendConfig(fp8_roles=("teacher", "student")))
     net: NetConfig = field(default_factory=NetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -460,9 +587,12 @@ class KDRun:
     ema: EMAConfig = field(default_factory=EMAConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
+        _need_roles(self.backend, "teacher", "student")
         _need_fit(self.net, self.diffusion)
+        _need_native(self, "student")
 
 
 @dataclass(frozen=True)
@@ -481,6 +611,7 @@ class DMD2Run:
     """Encoded clips that are never trained on; pictures are drawn from them."""
     kernels: Kernels = "auto"
     """Fused Triton kernels or torch's own operators; auto = Triton on a GPU."""
+    backend: BackendConfig = field(default_factory=BackendConfig)
     net: NetConfig = field(default_factory=NetConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -493,9 +624,12 @@ class DMD2Run:
     ema: EMAConfig = field(default_factory=EMAConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(iterations=24_000))
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
+        _need_roles(self.backend, "teacher", "student", "fake_score")
         _need_fit(self.net, self.diffusion, self.text)
+        _need_native(self, "student", "fake_score")
         frames, first = self.diffusion.latent_shape[1], self.head.first_frame
         needed = 2 if self.head.kind in ("conv3d", "attention") else 1
         if frames - first < needed:
@@ -537,6 +671,7 @@ class EvaluateRun:
     """What must hold for success: nothing; that students need one call; or all that the quickstart's recipe promises."""
     kernels: Kernels = "auto"
     """Fused Triton kernels or torch's own operators; auto = Triton on a GPU."""
+    backend: BackendConfig = field(default_factory=lambda: BackendConfig(fp8_roles=("student",)))
     net: NetConfig = field(default_factory=NetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -544,10 +679,12 @@ class EvaluateRun:
     text: TextConfig = field(default_factory=TextConfig)
 
     def __post_init__(self) -> None:
+        _need_roles(self.backend, "teacher", "student")
         at_least_two = (lambda value: value >= 2, "at least 2")
         _need("", self, samples=at_least_two, diversity_noises=at_least_two, diversity_clips=at_least_two)
         _need("", self, batch_size=POSITIVE, timing_repeats=at_least_two, texture_period=NOT_NEGATIVE)
         _need_fit(self.net, self.diffusion, self.text)
+        _need_native(self)
 
 
 @dataclass(frozen=True)
@@ -566,6 +703,7 @@ class SampleRun:
     control_weight: float = 1.0
     kernels: Kernels = "auto"
     """Fused Triton kernels or torch's own operators; auto = Triton on a GPU."""
+    backend: BackendConfig = field(default_factory=lambda: BackendConfig(fp8_roles=("student",)))
     net: NetConfig = field(default_factory=NetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
@@ -573,8 +711,10 @@ class SampleRun:
     text: TextConfig = field(default_factory=TextConfig)
 
     def __post_init__(self) -> None:
+        _need_roles(self.backend, "student")
         _need("", self, control_weight=FINITE)
         _need_fit(self.net, self.diffusion, self.text)
+        _need_native(self)
 
 
 Run = EncodeRun | TeacherRun | PairsRun | KDRun | DMD2Run | EvaluateRun | SampleRun

@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cosmos_mp.backends.local import LocalBackend
-from cosmos_mp.config import ConfigError, HeadConfig, NetConfig, TextConfig
+from cosmos_mp.backends import choice
+from cosmos_mp.backends.fp8 import emulate
+from cosmos_mp.config import ConfigError, FP8Recipe, HeadConfig, NetConfig, TextConfig
 from cosmos_mp.convert.huggingface import import_huggingface, read_sizes
 from cosmos_mp.convert.nvidia import read_networks
 from cosmos_mp.models.discriminator import Discriminator
@@ -27,29 +28,50 @@ from cosmos_mp.training.checkpoint import load_role, load_weights_of
 Recompute = Literal["none", "selective", "full"]
 
 
-def transfer_net(net: NetConfig, topology: Topology, recompute: Recompute = "none", dtype: torch.dtype = torch.float32) -> TransferNet:
-    """An unfilled network, laid out over the ranks of the topology."""
+def transfer_net(
+    net: NetConfig,
+    topology: Topology,
+    recompute: Recompute = "none",
+    dtype: torch.dtype = torch.float32,
+    fp8: FP8Recipe | None = None,
+) -> TransferNet:
+    """An unfilled network, laid out over the ranks of the topology; with a recipe, its linears compute in FP8, or as if."""
+    chosen = choice.choose(topology, recompute)
     with torch.device("meta"):
-        network = TransferNet(net, LocalBackend(topology.tp_group))
+        network = TransferNet(net, choice.make(chosen, net, topology))
+    if chosen.kind == "transformer_engine":
+        from cosmos_mp.backends.transformer_engine import use_fp8
+
+        if fp8 is not None:
+            use_fp8(network, fp8)
+        if topology.mesh is None:  # no FSDP gathers the weights in what it computes in
+            dtype = torch.bfloat16
+    elif fp8 is not None:
+        emulate(network, fp8)
     return parallelize(network, topology, recompute_mode=recompute, dtype=dtype)
 
 
-def new_transfer_net(net: NetConfig, topology: Topology, seed: int, recompute: Recompute = "none") -> TransferNet:
-    """A network with first values."""
-    network = transfer_net(net, topology, recompute)
+def new_transfer_net(
+    net: NetConfig, topology: Topology, seed: int, recompute: Recompute = "none", fp8: FP8Recipe | None = None
+) -> TransferNet:
+    """A network with first values; arguments as `transfer_net` takes them."""
+    network = transfer_net(net, topology, recompute, fp8=fp8)
     initialize(Pieces(network, topology), seed)
     return network
 
 
-def load_transfer_net(net: NetConfig, topology: Topology, source: str, role: str, recompute: Recompute = "none") -> TransferNet:
+def load_transfer_net(
+    net: NetConfig, topology: Topology, source: str, role: str, recompute: Recompute = "none", fp8: FP8Recipe | None = None
+) -> TransferNet:
     """A network with the weights of `source`, loaded strictly; every rank reads its own part of them.
 
     Args:
         source: what `read_weights` takes.
         role: whose weights, where the source is a run.
+        recompute, fp8: as `transfer_net` takes them.
     """
     check_sizes(source, net)
-    network = transfer_net(net, topology, recompute)
+    network = transfer_net(net, topology, recompute, fp8=fp8)
     pieces = Pieces(network, topology)
     if is_run(source):
         table = {name: pieces.as_stored(name, piece.parameter.detach()) for name, piece in pieces.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +39,14 @@ def sample(config: SampleRun) -> Path:
         raise ConfigError(f"{config.out} is a folder: name the mp4 file to write as --out")
     if bool(config.video) == bool(config.control):
         raise ConfigError("give one of --video (the control is computed from it) and --control (a ready control video)")
-    topology = single_process()
+    topology = replace(single_process(), backend=config.backend)
     control, padding_mask, fps = _control(config)
     starts = chunk_starts(len(control), config.clip.frames, config.diffusion.condition_frames > 0)
     if (made := starts[-1] + config.clip.frames) < len(control):
         print(f"note: {made} of the control's {len(control)} frames are answered: this student continues no clip (condition_frames=0)")
     tokenizer = build_tokenizer(config.tokenizer, topology.device)
-    student = Denoiser(
-        load_transfer_net(config.net, topology, config.student, "student").requires_grad_(False), config.diffusion, config.control_weight
-    )
+    network = load_transfer_net(config.net, topology, config.student, "student", fp8=config.backend.recipe_of("student"))
+    student = Denoiser(network.requires_grad_(False), config.diffusion, config.control_weight)
     text = build_text_encoder(config.text, topology.device).encode([config.prompt]).to(topology.device)
     mask = torch.from_numpy(padding_mask)[None].float().to(topology.device)
     chunks: list[np.ndarray] = []

@@ -4,6 +4,7 @@ python pretrain_scripts/generate_pairs.py PRESET [--section.option value ...] [-
 torchrun --nproc_per_node 8 pretrain_scripts/generate_pairs.py PRESET ...
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,8 +28,9 @@ def main(config: PairsRun) -> None:
     clips = LatentDataset(Path(config.clips), config.seed, expect=expect | {"text.tokens": config.text.tokens})
 
     # --- Role: frozen, so that no graph is kept ---
-    topology = single_process()
-    teacher = load_transfer_net(config.net, topology, config.teacher, "teacher").requires_grad_(False)
+    topology = replace(single_process(), backend=config.backend)
+    fp8 = config.backend.recipe_of("teacher")
+    teacher = load_transfer_net(config.net, topology, config.teacher, "teacher", fp8=fp8).requires_grad_(False)
     unconditional = unconditional_text(config.sampler.unconditional, config.negative_prompt, config.text, topology.device)
 
     # --- Pairs: the header holds the teacher's hash, so pairs of two teachers never mix ---

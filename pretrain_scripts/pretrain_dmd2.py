@@ -20,18 +20,18 @@ def main(config: DMD2Run, topology: Topology) -> int:
     clips, held_out = open_store(config.clips, "clips", config), open_held_out(config, topology)
 
     # --- Roles: after KD the student is no longer the teacher; the fake score starts as either ---
-    net, options, again = config.net, config.dmd2, config.train.recompute
+    net, options, again, fp8 = config.net, config.dmd2, config.train.recompute, config.backend.recipe_of
     starts = {
         "teacher": (config.teacher, "teacher"),
         "student": (config.student, "student") if config.student else (config.teacher, "teacher"),
     }
     networks = {
-        "student": load_transfer_net(net, topology, *starts["student"], again),
-        "teacher": load_transfer_net(net, topology, *starts["teacher"], again).requires_grad_(False),
+        "student": load_transfer_net(net, topology, *starts["student"], again, fp8("student")),
+        "teacher": load_transfer_net(net, topology, *starts["teacher"], again, fp8("teacher")).requires_grad_(False),
     }
     optim = {"student": config.optim_student}
     if not options.ladd:
-        networks["fake_score"] = load_transfer_net(net, topology, *starts[options.fake_score_init], again)
+        networks["fake_score"] = load_transfer_net(net, topology, *starts[options.fake_score_init], again, fp8("fake_score"))
         optim["fake_score"] = config.optim_fake_score
     if options.gan_weight > 0:
         networks["discriminator"] = new_discriminator(net, config.head, topology, config.train.seed)

@@ -21,13 +21,14 @@ def main(config: KDRun, topology: Topology) -> int:
     pairs, held_out = open_store(config.pairs, "pairs", config), open_held_out(config, topology)
 
     # --- Roles: the student starts as the teacher; a frozen teacher is needed for the pictures alone ---
-    student = load_transfer_net(config.net, topology, config.teacher, "teacher", config.train.recompute)
+    again, fp8 = config.train.recompute, config.backend.recipe_of
+    student = load_transfer_net(config.net, topology, config.teacher, "teacher", again, fp8("student"))
     found = fingerprint(Wholes(Pieces(student, topology)))
     if pairs.reader.header.meta.get("teacher") != found and topology.rank == 0:
         print(f"note: the pairs of {config.pairs} are another teacher's than {config.teacher}, where the student starts")
     answering = {"student 1-step": Denoiser(student, config.diffusion)}
     if held_out is not None:
-        teacher = load_transfer_net(config.net, topology, config.teacher, "teacher").requires_grad_(False)
+        teacher = load_transfer_net(config.net, topology, config.teacher, "teacher", fp8=fp8("teacher")).requires_grad_(False)
         answering["teacher 1-step"] = Denoiser(teacher, config.diffusion)
 
     # --- Method and loop ---

@@ -19,10 +19,11 @@ def main(config: TeacherRun, topology: Topology) -> int:
     clips, held_out = open_store(config.clips, "clips", config), open_held_out(config, topology)
 
     # --- Role ---
+    again, fp8 = config.train.recompute, config.backend.recipe_of("teacher")
     if config.init:
-        teacher = load_transfer_net(config.net, topology, config.init, "teacher", config.train.recompute)
+        teacher = load_transfer_net(config.net, topology, config.init, "teacher", again, fp8)
     else:
-        teacher = new_transfer_net(config.net, topology, config.train.seed, config.train.recompute)
+        teacher = new_transfer_net(config.net, topology, config.train.seed, again, fp8)
 
     # --- Method and loop ---
     method = TeacherPretraining(teacher, config.diffusion, config.loss, config.train.seed)

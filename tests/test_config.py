@@ -22,6 +22,7 @@ from cosmos_mp.config import (
     OptimConfig,
     PairsRun,
     ParallelConfig,
+    ProfileConfig,
     SamplerConfig,
     SampleRun,
     TeacherLossConfig,
@@ -103,6 +104,27 @@ def test_the_recipe_of_the_7b_is_the_default():
 def test_options_out_of_range_are_named(make, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         make()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"start": -1}, "profile.start=-1 must be 0 or above"),
+        ({"start": 10, "stop": 10}, "profile.stop=10, the first iteration after the window, must lie above profile.start=10"),
+        ({"ranks": ()}, "profile.ranks=() must be numbers of ranks"),
+        ({"ranks": (0, -1)}, "profile.ranks=(0, -1) must be numbers of ranks"),
+    ],
+)
+def test_a_window_that_holds_nothing_is_refused(options, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        ProfileConfig(**options)
+
+
+def test_nothing_is_profiled_unless_told():
+    assert not ProfileConfig().on and ProfileConfig("torch").on and ProfileConfig(memory=True).on
+    # The default window is one whole cycle of DMD2.
+    window = range(ProfileConfig().start, ProfileConfig().stop)
+    assert len(window) == DMD2Config().student_update_freq and all(kind().profile == ProfileConfig() for kind in (KDRun, DMD2Run))
 
 
 # --- Parallelism ---

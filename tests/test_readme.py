@@ -11,7 +11,7 @@ import pytest
 
 from cosmos_mp import commands
 from cosmos_mp.__main__ import COMMANDS
-from cosmos_mp.bench import parallel
+from cosmos_mp.bench import cpu, fp8, parallel, static
 from cosmos_mp.cli import stage
 from cosmos_mp.config import DMD2Run, KDRun, PairsRun, TeacherRun
 from cosmos_mp.evaluate.report import markdown_table, number
@@ -33,6 +33,7 @@ def _words(start: str) -> list[list[str]]:
 def test_every_command_is_of_a_kind_that_is_tested_here():
     # parallel_cpu.sh runs in tests/examples/test_parallel_cpu.py
     scripts = ("bash examples/quickstart.sh", "bash tests/run.sh", "bash examples/parallel_cpu.sh", "bash examples/train_node.sh ")
+    scripts += ("bash examples/profile_nsight.sh ",)
     known = (*scripts, "python -m cosmos_mp ", "python pretrain_scripts/")
     assert _commands() and all(line.startswith(known) for line in _commands())
     assert {words[0] for words in _words("python -m cosmos_mp")} == {
@@ -65,6 +66,14 @@ def test_node_commands_check_their_configuration():
         assert done.returncode == 0 and "8,129,705,760 parameters" in done.stdout, done.stdout + done.stderr
 
 
+def test_profile_commands_check_their_configuration():
+    lines = [line for line in _commands() if line.startswith("bash examples/profile_nsight.sh")]
+    assert [shlex.split(line)[2] for line in lines] == ["nsys", "ncu"]
+    for line in lines:
+        done = subprocess.run(shlex.split(line) + ["--dry-run"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and "56,320 tokens of width 4096" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("name", ["encode", "evaluate", "sample"])
 def test_preset_commands_resolve(name, capsys):
     lines = _words(f"python -m cosmos_mp {name}")
@@ -95,10 +104,16 @@ def test_convert_is_understood_up_to_the_missing_weights(tmp_path, monkeypatch):
 
 def test_bench_is_understood(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(parallel, "bench_parallel", lambda fast: {"fast": fast})  # it runs in tests/distributed/test_bench.py
-    (words,) = _words("python -m cosmos_mp bench")
-    commands.bench(words)
-    assert json.loads((tmp_path / "parallel.json").read_text()) == {"fast": False}
+    # They run in tests/distributed/test_bench.py and in tests/bench.
+    monkeypatch.setattr(parallel, "bench_parallel", lambda fast: {"parallel": fast})
+    monkeypatch.setattr(fp8, "bench_fp8", lambda fast: {"fp8": fast})
+    monkeypatch.setattr(cpu, "bench_cpu", lambda fast: {"cpu": fast})
+    monkeypatch.setattr(static, "bench_static", lambda: {"static": False})
+    found = {words[0]: words for words in _words("python -m cosmos_mp bench")}
+    assert set(found) == {"parallel", "fp8", "cpu", "static"}
+    for name, words in found.items():
+        commands.bench(words)
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == {name: False}
 
 
 # --- Measured numbers ---
@@ -142,10 +157,12 @@ def test_the_tables_are_the_measured_ones():
     assert seeds_table() in readme
     assert layouts_table() in readme
     assert all(table in readme for table in parallel.tables(bench()))
+    assert all(table in readme for table in fp8.tables(bench("fp8")))
+    assert static.table(bench("static")) in readme
 
 
-def bench() -> dict:
-    return json.loads((ROOT / "examples" / "measured" / "parallel.json").read_text())
+def bench(name: str = "parallel") -> dict:
+    return json.loads((ROOT / "examples" / "measured" / f"{name}.json").read_text())
 
 
 def test_what_was_measured_keeps_its_promises():
@@ -155,6 +172,16 @@ def test_what_was_measured_keeps_its_promises():
     assert rows["ours, no recompute"]["ratios"]["seconds"] < 0.9
     assert rows["ours, no recompute"]["ratios"]["flops"] < 0.84
     assert bench()["state"]["rows"]["4"]["share"] <= 0.3
+
+
+def test_fp8_was_measured_within_what_the_readme_recommends_it_for():
+    found = bench("fp8")
+    for recipe in ("FP8 current", "FP8 block"):
+        exact = found["teacher"]["bfloat16"]
+        assert all(found["teacher"][recipe][sigma] < fp8.GATE * value for sigma, value in exact.items())
+        assert 0 < sum(fp8.drift(found["kd"], recipe)) / found["size"]["seeds"] < 0.08
+        walk = found["dmd2"]["change"] * (fp8.UPDATES_7B / found["dmd2"]["updates"]) ** 0.5
+        assert found["dmd2"]["rounding"][recipe] > 10 * walk and walk < found["dmd2"]["rounding"]["bfloat16"] < 3 * walk
 
 
 def test_every_layout_was_measured_within_the_bounds_of_its_test():

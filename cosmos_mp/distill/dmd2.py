@@ -23,6 +23,7 @@ from cosmos_mp.distill import losses
 from cosmos_mp.distill.conditioning import condition_of, unit_noise
 from cosmos_mp.distill.method import StepOutput, Term
 from cosmos_mp.kernels.dmd2_loss import Outputs, dmd2_loss
+from cosmos_mp.nvtx import nvtx
 
 ADVERSARIAL_ROLES = ("fake_score", "discriminator")
 
@@ -111,7 +112,7 @@ class DMD2:
         if "student" not in self.trained(iteration):
             return self.critic_step(batch.latent_BCTHW, draws, condition)[0]
         if iteration < self.config.reconstruction_warmup:
-            y = one_step(self.student, draws.epsilon, condition).x0
+            y = self._generate(draws, condition)
             return StepOutput({"reconstruction": Term((y - batch.latent_BCTHW).pow(2).mean())})
         return self.student_step(batch.latent_BCTHW, draws, condition, batch.parts)[0]
 
@@ -129,7 +130,7 @@ class DMD2:
             parts: into how many parts along T the clips are cut; `real` holds one of them.
         """
         config, sigma = self.config, draws.sigma_B
-        y = one_step(self.student, draws.epsilon, condition).x0
+        y = self._generate(draws, condition)
         yt = y + bcast(sigma) * draws.eps
         judged = self.discriminator is not None
         teacher, without_text, fake, scale, logits = None, None, None, None, None
@@ -137,24 +138,34 @@ class DMD2:
         metrics: dict[str, Tensor] = {}
         if not config.ladd:
             # Only the way to the last feature belongs to the graph; the scores enter the loss as constants.
-            teacher = self._score(self.teacher, yt, sigma, condition, judged and config.feature_role == "teacher")
-            fake = self._score(self.fake_score, yt, sigma, condition, judged and config.feature_role == "fake_score")
+            with nvtx("teacher.cond.fwd"):
+                teacher = self._score(self.teacher, yt, sigma, condition, judged and config.feature_role == "teacher")
+            with nvtx("fake_score.fwd"):
+                fake = self._score(self.fake_score, yt, sigma, condition, judged and config.feature_role == "fake_score")
             if config.guidance != 0:
                 text = self.unconditional_LD.to(condition.text_BLD).expand_as(condition.text_BLD)
-                without_text = self._score(self.teacher, yt, sigma, condition.with_text(text), False)
+                with nvtx("teacher.uncond.fwd"):
+                    without_text = self._score(self.teacher, yt, sigma, condition.with_text(text), False)
             outputs = Outputs(teacher.out, None if without_text is None else without_text.out, fake.out)
             normalise, given = partial(self._normaliser, parts=parts), condition.given and condition.given.mask_BT
-            loss, scale = dmd2_loss(y, yt, outputs, teacher.factors.c_skip, teacher.factors.c_out, config.guidance, normalise, given)
+            with nvtx("loss.dmd2"):
+                loss, scale = dmd2_loss(y, yt, outputs, teacher.factors.c_skip, teacher.factors.c_out, config.guidance, normalise, given)
             terms["vsd"] = Term(loss)
             metrics["vsd_weight"] = losses.vsd_weight(sigma, scale.mean(dim=1)).mean()
         if judged:
             source = {"teacher": teacher, "fake_score": fake}[config.feature_role] or self._features(yt, sigma, condition)
-            logits = self.discriminator(source.features)
+            with nvtx("gan.head"):
+                logits = self.discriminator(source.features)
             terms["gan"] = Term(losses.gan_generator_loss(logits), config.gan_weight / max(1, self.reference_cp))
         if config.reconstruction_weight > 0:
             terms["reconstruction"] = Term((y - real).pow(2).mean(), config.reconstruction_weight)
         metrics["student_std"] = self._std(y.detach(), parts)
         return StepOutput(terms, metrics), Scores(y, teacher, without_text, fake, scale, logits)
+
+    def _generate(self, draws: Draws, condition: Condition) -> Tensor:
+        """The student's clean latent, by its one call."""
+        with nvtx("student.fwd"):
+            return one_step(self.student, draws.epsilon, condition).x0
 
     def _normaliser(self, error_BT: Tensor, parts: int) -> Tensor:
         """Of each frame's mean error, the mean over the whole clip, wherever its frames are, (B, 1); or, as published, over each N-th of
@@ -182,7 +193,8 @@ class DMD2:
     def _features(self, xt: Tensor, sigma: Tensor, condition: Condition) -> Denoised:
         """Features alone, from the network that the discriminator reads."""
         network = self.teacher if self.config.feature_role == "teacher" else self.fake_score
-        return network(xt, sigma, condition, feature_blocks=self.feature_blocks, tail="none")
+        with nvtx(f"{self.config.feature_role}.early.fwd"):
+            return network(xt, sigma, condition, feature_blocks=self.feature_blocks, tail="none")
 
     # --- Fake score and discriminator ---
 
@@ -193,10 +205,11 @@ class DMD2:
         metrics: dict[str, Tensor] = {}
         logits = None
         with torch.no_grad():
-            y = one_step(self.student, draws.epsilon, condition).x0
+            y = self._generate(draws, condition)
             yt = y + bcast(sigma) * draws.eps
         if self.fake_score is not None:
-            x0 = self.fake_score(yt, sigma, condition).x0
+            with nvtx("fake_score.fwd"):
+                x0 = self.fake_score(yt, sigma, condition).x0
             loss = losses.fake_score_loss(y, x0, sigma, space=config.fake_score_space, sigma_data=self.diffusion.sigma_data)
             terms["fake_score"] = Term(loss)
         if self.discriminator is not None:
@@ -209,7 +222,8 @@ class DMD2:
                 with torch.no_grad():
                     judged.append(self._features(real_t + config.r1_sigma * draws.eps, sigma, condition).features)
             # One call for all: its norms are per sample, and sharded weights are gathered and reduced once.
-            fake, real, *nudged = self.discriminator([torch.cat(features) for features in zip(*judged, strict=True)]).chunk(len(judged))
+            with nvtx("gan.head"):
+                fake, real, *nudged = self.discriminator([torch.cat(features) for features in zip(*judged, strict=True)]).chunk(len(judged))
             logits = Logits(fake, real)
             terms["discriminator"] = Term(losses.discriminator_loss(*logits))
             fake_logits, real_logits = (value.detach() for value in logits)

@@ -10,6 +10,7 @@ from cosmos_mp.distill.conditioning import condition_of
 from cosmos_mp.distill.losses import kd_loss
 from cosmos_mp.distill.method import StepOutput, Term
 from cosmos_mp.models.transfer import TransferNet
+from cosmos_mp.nvtx import nvtx
 
 
 class KD:
@@ -27,5 +28,7 @@ class KD:
         """0.5 MSE to the stored answer from the stored noise."""
         if batch.noise_BCTHW is None:
             raise ValueError("KD needs pairs with their noise; this store holds clips: point pairs to the output of generate_pairs")
-        x0 = one_step(self.student, batch.noise_BCTHW, condition_of(batch, self.diffusion, self.seed, iteration)).x0
+        condition = condition_of(batch, self.diffusion, self.seed, iteration)
+        with nvtx("student.fwd"):
+            x0 = one_step(self.student, batch.noise_BCTHW, condition).x0
         return StepOutput({"kd": Term(kd_loss(x0, batch.latent_BCTHW))})

@@ -33,6 +33,7 @@ def pairs_header(config: PairsRun, clips: LatentDataset, teacher_hash: str, unco
         "seed": config.seed,
         "sampler": dataclasses.asdict(config.sampler),
         "net": dataclasses.asdict(config.net),
+        "fp8": config.backend.recipe_of("teacher"),
         "diffusion": dataclasses.asdict(config.diffusion),
         "unconditional": fingerprint({"text": unconditional_LD}),
     }

@@ -14,6 +14,7 @@ from cosmos_mp.distill.conditioning import condition_of, unit_noise
 from cosmos_mp.distill.losses import denoising_loss
 from cosmos_mp.distill.method import StepOutput, Term
 from cosmos_mp.models.transfer import TransferNet
+from cosmos_mp.nvtx import nvtx
 from cosmos_mp.parallel import noise
 
 
@@ -39,7 +40,8 @@ class TeacherPretraining:
             text_BLD=self._drop(condition.text_BLD, "text_dropout", self.loss.text_dropout, batch, iteration),
             control_BCTHW=self._drop(condition.control_BCTHW, "control_dropout", self.loss.control_dropout, batch, iteration),
         )
-        x0 = self.teacher(latent + bcast(sigma) * eps, sigma, condition).x0
+        with nvtx("teacher.fwd"):
+            x0 = self.teacher(latent + bcast(sigma) * eps, sigma, condition).x0
         return StepOutput({"denoising": Term(denoising_loss(x0, latent, sigma, sigma_data=self.diffusion.sigma_data))})
 
     def _drop(self, x: Tensor, purpose: str, rate: float, batch: Batch, iteration: int) -> Tensor:

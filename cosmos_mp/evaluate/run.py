@@ -6,7 +6,7 @@ import dataclasses
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
     Returns:
         The results, see `evaluate.report`.
     """
-    topology, out = single_process(), Path(config.out)
+    topology, out = replace(single_process(), backend=config.backend), Path(config.out)
     # What would fail after hours of answering is asked for first.
     named = TorchScriptFeatures(config.features, topology.device) if config.features else None
     check_variants(config.checks, [TEACHER, TEACHER_ONE_STEP, *(entry.partition("=")[0] for entry in config.students)])
@@ -146,7 +146,8 @@ def _networks(config: EvaluateRun, topology: Topology) -> dict[str, Denoiser]:
         sources[name] = source
     networks = {}
     for name, source in sources.items():
-        network = load_transfer_net(config.net, topology, source, "teacher" if name == TEACHER else "student")
+        role = "teacher" if name == TEACHER else "student"
+        network = load_transfer_net(config.net, topology, source, role, fp8=config.backend.recipe_of(role))
         networks[name] = Denoiser(network.requires_grad_(False), config.diffusion)
     return networks
 
@@ -174,6 +175,8 @@ def _key(config: EvaluateRun, clips: Clips, weights: str) -> dict[str, Any]:
         "weights": weights,
         "clips": [config.samples, clips.sha256],
         "net": dataclasses.asdict(config.net),
+        "backend": [config.backend.kind, config.backend.fp8],
+        "fp8": [config.backend.recipe_of(role) for role in ("teacher", "student")],
         "diffusion": dataclasses.asdict(config.diffusion),
         "sampler": dataclasses.asdict(config.sampler),
         "unconditional": [config.negative_prompt, dataclasses.asdict(config.text)],

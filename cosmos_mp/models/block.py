@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from cosmos_mp.backends import Backend
 from cosmos_mp.config import NetConfig
 from cosmos_mp.kernels.adaln import adaln
-from cosmos_mp.kernels.qk_norm_rope import qk_norm_rope
 from cosmos_mp.models.embeddings import EPS, Rotation
 
 
@@ -44,20 +43,18 @@ class Attention(nn.Module):
     def __init__(self, net: NetConfig, context_dim: int, backend: Backend):
         super().__init__()
         self.head_dim = net.head_dim
-        self.attend = backend.attention
+        self.attend = backend.attention()
         self.q = backend.column_linear(net.hidden, net.hidden)
         self.k = backend.column_linear(context_dim, net.hidden)
         self.v = backend.column_linear(context_dim, net.hidden)
         self.out = backend.row_linear(net.hidden, net.hidden)
-        self.q_norm = nn.RMSNorm(net.head_dim, eps=EPS)
-        self.k_norm = nn.RMSNorm(net.head_dim, eps=EPS)
+        self.q_norm = backend.head_norm(net.head_dim, EPS)
+        self.k_norm = backend.head_norm(net.head_dim, EPS)
 
     def forward(self, x_SBD: Tensor, context_LBD: Tensor, rotation: Rotation | None = None) -> Tensor:
         """Attend from x to the context; a rotation turns both where one is given."""
         query, key, value = (y.view(*y.shape[:2], -1, self.head_dim) for y in (self.q(x_SBD), self.k(context_LBD), self.v(context_LBD)))
-        turn = rotation or ()
-        query, key = qk_norm_rope(query, self.q_norm.weight, *turn), qk_norm_rope(key, self.k_norm.weight, *turn)
-        return self.out(self.attend(query, key, value))
+        return self.out(self.attend(self.q_norm(query, rotation), self.k_norm(key, rotation), value))
 
 
 class MLP(nn.Module):

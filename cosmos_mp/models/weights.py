@@ -28,8 +28,9 @@ def build(make: Callable[[], N], device: torch.device | str, dtype: torch.dtype 
 
 
 def named_weights(network: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name. Not `state_dict`: megatron's layers add `_extra_state` entries to it."""
-    buffers = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+    """Parameters and persistent buffers by name. Not `state_dict`: megatron's and Transformer Engine's layers add `_extra_state` to it."""
+    state = network.state_dict().items()
+    buffers = {name: value for name, value in state if isinstance(value, Tensor) and not name.endswith("_extra_state")}
     return {**buffers, **dict(network.named_parameters())}
 
 

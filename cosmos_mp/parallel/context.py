@@ -30,6 +30,10 @@ def whole_clips(part_BCTHW: Tensor, topology: Topology) -> Tensor:
     return collectives.join(part_BCTHW.movedim(2, 0).contiguous(), topology.cp_group).movedim(0, 2)
 
 
+COMMUNICATION = {"ulysses": "a2a", "ring": "p2p", "ulysses_ring": "a2a+p2p"}
+"""`parallel.cp_attention` in Transformer Engine's words."""
+
+
 def context_parallel(network: nn.Module, topology: Topology) -> None:
     """Let a network, or a discriminator, work on this rank's part of the frames, in place."""
     group = topology.cp_group
@@ -37,8 +41,11 @@ def context_parallel(network: nn.Module, topology: Topology) -> None:
         return
     for module in network.modules():
         if isinstance(module, Block):
-            core = module.self_attn.attend
-            module.self_attn.attend = ring(group) if topology.options.cp_attention == "ring" else ulysses(core, group)
+            core, way = module.self_attn.attend, topology.options.cp_attention
+            if hasattr(core, "split_tokens"):
+                core.split_tokens(topology.cp_levels or [group], group, COMMUNICATION[way])
+            else:
+                module.self_attn.attend = ring(group) if way == "ring" else ulysses(core, group)
         if isinstance(module, Trunk | Discriminator):
             module.part = group.rank()
         if hasattr(module, "across"):

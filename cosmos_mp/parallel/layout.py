@@ -35,6 +35,11 @@ def check_layout(options: ParallelConfig, world: int, net: NetConfig, diffusion:
             f"net.heads={net.heads} is no multiple of parallel.tp={tp} x parallel.cp={cp} = {tp * cp}, as Ulysses needs: "
             f"make tp x cp one of {divisors(net.heads)}, or set parallel.cp_attention to ring"
         )
+    if options.cp_ulysses and net.heads % (tp * options.cp_ulysses):
+        raise ConfigError(
+            f"net.heads={net.heads} is no multiple of parallel.tp={tp} x parallel.cp_ulysses={options.cp_ulysses}: "
+            f"make their product one of {divisors(net.heads)}"
+        )
     if frames % cp:
         raise ConfigError(f"parallel.cp={cp} does not divide the {frames} latent frames of a clip: give one of {divisors(frames)}")
     tokens = frames // cp * (height // PATCH) * (width // PATCH)

@@ -1,7 +1,7 @@
 """Tensor parallelism over megatron-core's column and row linears, and sequence parallelism around them.
 
-The layers themselves are built on the tensor-parallel group by the backend. Here their inputs and outputs are joined up: one collective
-at the entry of every attention and MLP and one at its exit, in each direction.
+The layers themselves are built on the tensor-parallel group by the backend. Here their inputs and outputs are joined up, where they do not
+communicate themselves: one collective at the entry of every attention and MLP and one at its exit, in each direction.
 
     tensor parallel    entry: same tokens everywhere, gradients summed      exit: outputs summed
     with sequence      entry: tokens gathered, gradients summed + scattered exit: outputs summed + scattered
@@ -14,7 +14,7 @@ from functools import partial
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
-from cosmos_mp.models.block import MLP, Attention
+from cosmos_mp.models.block import MLP, Attention, Block
 from cosmos_mp.models.dit import Trunk
 from cosmos_mp.parallel import collectives
 from cosmos_mp.parallel.topology import Topology
@@ -29,9 +29,14 @@ def tensor_parallel(network: nn.Module, topology: Topology) -> None:
         return
     enter = collectives.gather if sequence else collectives.enter
     for module in network.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, Trunk) and sequence:
+            module.spread, module.collect = partial(collectives.split, group=group), partial(collectives.join, group=group)
+        elif isinstance(module, Block) and module.mlp.up.communicates and sequence:
+            # Text is whole on every rank: there is nothing to gather.
+            module.cross_attn.k.sequence_parallel = module.cross_attn.v.sequence_parallel = False
+        elif isinstance(module, Attention) and not module.q.communicates:
             module.register_forward_pre_hook(partial(_enter_attention, partial(enter, group=group)))
-        elif isinstance(module, MLP):
+        elif isinstance(module, MLP) and not module.up.communicates:
             module.register_forward_pre_hook(lambda _, args: (enter(args[0], group),))
         elif isinstance(module, ColumnParallelLinear):
             # q, k and v share one input: its gradient is summed once, at the entry, instead of in each of them.
@@ -41,8 +46,6 @@ def tensor_parallel(network: nn.Module, topology: Topology) -> None:
             module.explicit_expert_comm = True
             leave = collectives.scatter_sum if sequence else collectives.leave
             module.register_forward_hook(lambda _, args, output, leave=leave: leave(output, group))
-        elif isinstance(module, Trunk) and sequence:
-            module.spread, module.collect = partial(collectives.split, group=group), partial(collectives.join, group=group)
 
 
 def _enter_attention(enter: partial[Tensor], module: nn.Module, args: tuple) -> tuple:
@@ -53,11 +56,7 @@ def _enter_attention(enter: partial[Tensor], module: nn.Module, args: tuple) -> 
 
 def split_dims(network: nn.Module) -> dict[str, int]:
     """The dimension along which each split parameter is divided over tp; read from the layers, since `to_empty` drops megatron's marks."""
-    dims = {}
-    for name, module in network.named_modules():
-        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-            dims[f"{name}.weight"] = 0 if isinstance(module, ColumnParallelLinear) else 1
-    return dims
+    return {f"{name}.weight": module.split_dim for name, module in network.named_modules() if hasattr(module, "split_dim")}
 
 
 def partial_gradients(network: nn.Module, sequence: bool) -> set[str]:

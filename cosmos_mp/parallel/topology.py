@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from cosmos_mp.config import ParallelConfig
+from cosmos_mp.config import BackendConfig, ParallelConfig
 from cosmos_mp.parallel.layout import check_world
 from cosmos_mp.parallel.watch import Watch
 
@@ -35,6 +35,8 @@ class Topology:
         mesh: the world as (replicate, shard, tp); FSDP shards over the middle one. None in a process that works for itself alone and
             whose networks are whole.
         options: what the run asks of its layout.
+        backend: what it asks of the layers of its networks.
+        cp_levels: with cp_attention=ulysses_ring the ranks of cp that trade heads with this one, and those with which it forms a ring.
         watch: what answers for this process while others ask who is lost; None until a stage sets it up.
     """
 
@@ -47,6 +49,8 @@ class Topology:
     dp_cp_group: dist.ProcessGroup
     mesh: DeviceMesh | None = None
     options: ParallelConfig = ParallelConfig()
+    backend: BackendConfig = BackendConfig()
+    cp_levels: tuple[dist.ProcessGroup, ...] = ()
     watch: Watch | None = None
 
     @property
@@ -130,7 +134,8 @@ def join(options: ParallelConfig) -> Topology:
     tp_group, cp_group = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_context_parallel_group()
     dp_group, dp_cp_group = (parallel_state.get_data_parallel_group(with_context_parallel=both) for both in (False, True))
     mesh = _mesh(device, options, dp_cp_group, tp_group)
-    return Topology(rank, world, device, tp_group, cp_group, dp_group, dp_cp_group, mesh, options)
+    levels = _cp_levels(options)
+    return Topology(rank, world, device, tp_group, cp_group, dp_group, dp_cp_group, mesh, options, cp_levels=levels)
 
 
 def _device() -> torch.device:
@@ -145,11 +150,20 @@ def _mesh(device: torch.device, options: ParallelConfig, dp_cp_group: dist.Proce
     """Megatron's groups as one mesh. Megatron has none for shards of dp x cp that do not divide its experts: those are made here."""
     shards = options.shard or dp_cp_group.size()
     ranks = torch.arange(dist.get_world_size()).view(-1, shards, options.tp)
-
-    def groups_along(dimension: int, name: str) -> dist.ProcessGroup:
-        rows = ranks.movedim(dimension, -1).flatten(0, 1).tolist()
-        return dist.new_subgroups_by_enumeration(rows, timeout=timedelta(seconds=options.timeout), group_desc=name)[0]
-
-    shard_group = dp_cp_group if shards == dp_cp_group.size() else groups_along(1, "SHARD")
-    groups = [groups_along(0, "REPLICATE"), shard_group, tp_group]
+    shard_group = dp_cp_group if shards == dp_cp_group.size() else _groups_along(ranks, 1, "SHARD", options)
+    groups = [_groups_along(ranks, 0, "REPLICATE", options), shard_group, tp_group]
     return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=("replicate", "shard", "tp"))
+
+
+def _cp_levels(options: ParallelConfig) -> tuple[dist.ProcessGroup, ...]:
+    """Groups of neighbours in cp that trade heads, and across them those that form a ring; none where no run asks for both."""
+    if options.cp_attention != "ulysses_ring":
+        return ()
+    ranks = torch.arange(dist.get_world_size()).view(-1, options.cp // options.cp_ulysses, options.cp_ulysses, options.tp)
+    return _groups_along(ranks, 2, "CP_ULYSSES", options), _groups_along(ranks, 1, "CP_RING", options)
+
+
+def _groups_along(ranks: torch.Tensor, dimension: int, name: str, options: ParallelConfig) -> dist.ProcessGroup:
+    """This rank's group among those that run along one dimension of a grid of all ranks. Every rank calls."""
+    rows = ranks.movedim(dimension, -1).flatten(0, -2).tolist()
+    return dist.new_subgroups_by_enumeration(rows, timeout=timedelta(seconds=options.timeout), group_desc=name)[0]

@@ -7,9 +7,10 @@ at twice its forward. Everything that grows with neither tokens nor width square
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cosmos_mp.config import DiffusionConfig, HeadConfig, NetConfig, ParallelConfig
+from cosmos_mp.config import DiffusionConfig, DMD2Config, DMD2Run, HeadConfig, KDRun, NetConfig, ParallelConfig, TeacherRun
 from cosmos_mp.models.embeddings import PATCH
 
 
@@ -60,6 +61,38 @@ def head_work(net: NetConfig, diffusion: DiffusionConfig, head: HeadConfig) -> W
     return len(head.feature_blocks) * Work(2 * outputs * head.hidden * (net.hidden * 2 * 4 * 4 + 1))
 
 
+def dmd2_work(
+    net: NetConfig, diffusion: DiffusionConfig, head: HeadConfig, dmd2: DMD2Config, text_tokens: int, judges: int = 1
+) -> tuple[float, float]:
+    """Model FLOPs per sample of a student iteration and of a critic iteration. Heads of every kind count as the default one.
+
+    Args:
+        judges: ranks that each run the heads on all frames.
+    """
+    tokens = tokens_of(diffusion)
+    one = forward_work(net, tokens, text_tokens).total
+    to_feature = forward_work(net, tokens, text_tokens, head.feature_blocks[-1] + 1)
+    judge = judges * head_work(net, diffusion, head).total
+    student, critic = 3 * one, one  # trained; run once
+    if not dmd2.ladd:
+        student += (3 if dmd2.guidance != 0 else 2) * one  # teacher with and without text, fake score
+        critic += 3 * one
+    if dmd2.gan_weight > 0:
+        student += to_feature.through + 2 * judge  # back through head and teacher
+        student += to_feature.total if dmd2.ladd else 0  # otherwise the score's own pass has the features
+        latents = 3 if dmd2.r1_weight > 0 else 2  # fake, real, and real with noise
+        critic += latents * (to_feature.total + 2 * judge)
+    return student, critic
+
+
+def model_work(config: TeacherRun | KDRun | DMD2Run, iteration: int, roles: Sequence[str], text_tokens: int) -> float:
+    """Model FLOPs per sample of an iteration that trains these roles: what the mathematics asks for, nothing recomputed."""
+    if not isinstance(config, DMD2Run) or iteration < config.dmd2.reconstruction_warmup:
+        return 3 * forward_work(config.net, tokens_of(config.diffusion), text_tokens).total
+    student, critic = dmd2_work(config.net, config.diffusion, config.head, config.dmd2, text_tokens)
+    return student if "student" in roles else critic
+
+
 def dmd2_cycle_work(
     net: NetConfig, diffusion: DiffusionConfig, head: HeadConfig, text_tokens: int, critics: int, recompute: str, judges: int = 1
 ) -> float:
@@ -69,15 +102,9 @@ def dmd2_cycle_work(
         judges: ranks that each run the heads on all frames.
         recompute: "full" runs the blocks of every pass that has a graph once more; "none" and "selective" repeat no product.
     """
-    tokens = tokens_of(diffusion)
-    one = forward_work(net, tokens, text_tokens)
-    to_feature = forward_work(net, tokens, text_tokens, head.feature_blocks[-1] + 1)
-    judge = judges * head_work(net, diffusion, head).total
-    # student 3 F, teacher with and without text, fake score; back through the teacher to its last feature, and through the head
-    student = 6 * one.total + to_feature.through + 2 * judge
-    critic = 4 * one.total + 2 * to_feature.total + 4 * judge
+    student, critic = dmd2_work(net, diffusion, head, DMD2Config(), text_tokens, judges)
     if recompute == "full":
-        block = block_work(net, tokens, text_tokens).total
+        block = block_work(net, tokens_of(diffusion), text_tokens).total
         every, some = net.control_blocks + net.blocks, net.control_blocks + head.feature_blocks[-1] + 1
         student += (every + some) * block
         critic += every * block

@@ -29,6 +29,9 @@ class Callback:
     def on_start(self, state: State) -> None:
         """Before the first iteration, after a checkpoint has been loaded; `state.iteration` is the next to run."""
 
+    def before_iteration(self, iteration: int) -> None:
+        """Right before an iteration's first work."""
+
     def on_iteration(self, event: Event) -> None:
         """After each iteration, also one whose step was skipped, and before its checkpoint."""
 
@@ -118,13 +121,20 @@ class ConsoleLog(Callback):
         skipped = [event for event in events if event.skipped]
         good = [event for event in events if not event.skipped] or events
         seconds = sum(event.seconds for event in events)
-        samples = sum(event.samples_per_second * event.seconds for event in events)
         parts = [f"iteration {last.iteration + 1:>7}/{self._total}", "+".join(last.roles)]
         parts += [f"{name} {_mean(good, 'terms', name):.4E}" for name in last.terms]
         parts += [f"{name} {_mean(good, 'metrics', name):.4g}" for name in last.metrics]
         parts += [f"grad norm {role} {_mean(good, 'grad_norms', role):.4g}" for role in last.grad_norms]
         parts += [f"lr {role} {rate:.3E}" for role, rate in last.lrs.items()]
+        samples = sum(event.samples_per_second * event.seconds for event in events)
         parts += [f"{samples / seconds if seconds else 0.0:.3g} samples/s", f"{seconds / len(events):.3g} s"]
+        if last.speed:  # rates: what was done in all that time
+            rate = {name: sum(event.speed[name] * event.seconds for event in events) / seconds for name in last.speed}
+            share = f"MFU {100 * rate['mfu']:.1f} % of {last.peak}" if "mfu" in rate else f"no MFU: {last.peak}"
+            parts += [f"{rate['tokens_per_second']:.3g} tokens/s", f"{rate['tflops']:.3g} model TFLOP/s per rank", share]
+        profiled = [event for event in events if event.passes]
+        if profiled:
+            parts += [f"{name} {_mean(profiled, 'passes', name):.3g} s" for name in profiled[-1].passes]
         parts += [f"skipped {len(skipped)}: {skipped[-1].skipped}"] if skipped else []
         return " | ".join(parts)
 
@@ -159,7 +169,8 @@ class JsonLines(Callback):
 
 @dataclass
 class TensorBoard(Callback):
-    """Scalars under `tensorboard/`: `<roles>/<term>`, metrics, gradient norms, learning rates, samples/s."""
+    """Scalars under `tensorboard/`: `<roles>/<term>`, metrics, gradient norms, learning rates, `speed/samples_per_second` and
+    `speed/<roles>/<quantity>`."""
 
     _writer: Any = field(default=None, init=False, repr=False)
 
@@ -176,6 +187,7 @@ class TensorBoard(Callback):
         scalars |= {f"grad_norm/{role}": value for role, value in event.grad_norms.items()}
         scalars |= {f"lr/{role}": value for role, value in event.lrs.items()}
         scalars["speed/samples_per_second"] = event.samples_per_second
+        scalars |= {f"speed/{phase}/{name}": value for name, value in event.speed.items()}
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, event.iteration)
 

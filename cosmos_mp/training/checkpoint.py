@@ -49,6 +49,7 @@ MAY_CHANGE = {
         for name in ("iterations", "log_every", "save_every", "keep_last", "picture_every", "picture_samples", "tensorboard")
         + ("recompute", "async_save", "micro_batch_size", "max_nonfinite")
     ),
+    *(f"profile.{name}" for name in ("kind", "memory", "start", "stop", "ranks")),
     *(f"parallel.{name}" for name in ("tp", "cp", "dp", "shard", "sequence_parallel", "cp_attention", "reduce", "timeout")),
 }
 """Options that a resumed run may set anew, the layout among them; every other one would make it another run."""

@@ -13,6 +13,8 @@ import numpy as np
 from cosmos_mp.files import write_text
 
 GROUPS = ("terms", "metrics", "grad_norms", "lrs")
+BY_PHASE = ("speed", "passes")
+"""Groups whose numbers compare within iterations that train the same roles alone."""
 
 
 class LogError(ValueError):
@@ -63,7 +65,8 @@ def read_log(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Every logged quantity as (iterations int64, values float64); null reads as NaN.
 
     Names are `terms/<term>`, `metrics/<metric>`, `grad_norms/<role>`, `lrs/<role>`, `seconds`, `samples_per_second`, and
-    `total/<role+role>` for the weighted sum, apart by the roles trained since the phases' sums do not compare.
+    `total/<role+role>` for the weighted sum, apart by the roles trained since the phases' sums do not compare; so too
+    `speed/<quantity>/<role+role>` and `passes/<name>/<role+role>`.
 
     Raises:
         FileNotFoundError: no such log.
@@ -84,6 +87,9 @@ def _quantities(record: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
     for group in GROUPS:
         for name, value in (record.get(group) or {}).items():
             yield (f"total/{'+'.join(record['roles'])}" if (group, name) == ("terms", "total") else f"{group}/{name}"), value
+    for group in BY_PHASE:
+        for name, value in (record.get(group) or {}).items():
+            yield f"{group}/{name}/{'+'.join(record['roles'])}", value
     for name in ("seconds", "samples_per_second"):
         if name in record:
             yield name, record[name]

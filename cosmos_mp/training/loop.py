@@ -9,16 +9,18 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from cosmos_mp.backends import weights_changed
 from cosmos_mp.config import ConfigError, EMAConfig, OptimConfig, TrainConfig
 from cosmos_mp.data.batch import Batch
 from cosmos_mp.distill.method import Method
+from cosmos_mp.nvtx import nvtx
 from cosmos_mp.parallel.fsdp import synchronise
 from cosmos_mp.parallel.pieces import Pieces
 from cosmos_mp.parallel.topology import Topology, single_process
@@ -29,6 +31,7 @@ from cosmos_mp.training.optim import build_optimizer, clip, learning_rate
 from cosmos_mp.training.report import Sums, report
 from cosmos_mp.training.saver import Saver
 from cosmos_mp.training.signals import stop_signals
+from cosmos_mp.training.speed import Speed
 
 if TYPE_CHECKING:
     from cosmos_mp.training.callbacks import Callback
@@ -57,8 +60,13 @@ class Event:
         metrics: means of what the method only reports.
         grad_norms: L2 norm per role before clipping.
         lrs: learning rate per role.
-        samples_per_second, seconds: of the iteration, without checkpoint and callbacks.
+        samples_per_second, seconds: of the iteration, without checkpoint and callbacks. A GPU may still be at its optimizer step then,
+            which counts with the next one.
         skipped: why the step was not applied; None if it was.
+        speed: tokens_per_second of all ranks together; tflops, model TFLOP/s of one rank; mfu, their share of the peak. Empty where the
+            run's work is not known, mfu missing where the peak is not.
+        peak: which peak; or that none is known.
+        passes: seconds of this rank in each part of the step; filled in by `Profile` in its window, empty elsewhere.
     """
 
     iteration: int
@@ -70,6 +78,9 @@ class Event:
     samples_per_second: float
     seconds: float
     skipped: str | None = None
+    speed: dict[str, float] = field(default_factory=dict)
+    peak: str = ""
+    passes: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -143,6 +154,7 @@ def fit(
     settings: Mapping[str, Any],
     ema_role: str = "student",
     topology: Topology | None = None,
+    speed: Speed | None = None,
 ) -> Result:
     """Train from the newest good checkpoint of `run_dir`, or from the networks as they are, to `config.iterations`.
 
@@ -154,6 +166,7 @@ def fit(
         settings: the resolved configuration (`options.to_dict`); a resumed run must have the same.
         ema_role: the role whose average is kept where `ema.decay` > 0.
         topology: the ranks that train together, over which the networks have been laid out; this process alone if not given. All call.
+        speed: makes tokens and FLOPs of an iteration's seconds, for the log.
 
     Raises:
         ValueError: `optim` or `ema_role` do not fit the method, or the batch does not divide over the ranks.
@@ -169,6 +182,8 @@ def fit(
     with watch.explaining("opening the run"):
         checkpoint.open_run(run_dir, settings, topology)
         state = _start(method, config, optim, ema, ema_role, Path(run_dir), topology)
+        for network in method.networks.values():
+            weights_changed(network)
         saver = Saver(state.run_dir, settings, config.keep_last, topology, asynchronous=config.async_save)
 
     def save() -> None:
@@ -188,49 +203,60 @@ def fit(
             # A signal reaches one rank first: all leave after the iteration in which they have heard of it together.
             alone, stopping = topology.world == 1 or topology.mesh is None, False
             while state.iteration < config.iterations and not (signals if alone else stopping):
+                for callback in callbacks:
+                    callback.before_iteration(state.iteration)
                 iteration, began = state.iteration, time.perf_counter()
-
-                # --- Gradients: exactly the trained roles get some ---
                 roles = method.trained(iteration)
-                for role, network in method.networks.items():
-                    network.requires_grad_(role in roles)
-                sums = Sums()
-                for micro_batch in range(accumulation):
-                    for role in roles:
-                        synchronise(method.networks[role], micro_batch == accumulation - 1, topology)
-                    position = _position(iteration, micro_batch, config, topology)
-                    watch.at("reading data")
-                    batch = _batch(data, position, config.micro_batch_size, topology)
-                    watch.at(f"in iteration {iteration} of {'+'.join(roles)}")
-                    output = method.step(batch, iteration)
-                    (sum(term.weight * term.value for term in output.terms.values()) / accumulation).backward()
-                    sums.add(output)
-                for role in roles:
-                    state.networks[role].take_gradients()
+                with nvtx(f"cosmos_mp.step/{'+'.join(roles)}"):
+                    # --- Gradients: exactly the trained roles get some ---
+                    for role, network in method.networks.items():
+                        network.requires_grad_(role in roles)
+                    sums = Sums()
+                    for micro_batch in range(accumulation):
+                        for role in roles:
+                            synchronise(method.networks[role], micro_batch == accumulation - 1, topology)
+                        position = _position(iteration, micro_batch, config, topology)
+                        watch.at("reading data")
+                        with nvtx("data"):
+                            batch = _batch(data, position, config.micro_batch_size, topology)
+                        watch.at(f"in iteration {iteration} of {'+'.join(roles)}")
+                        output = method.step(batch, iteration)
+                        with nvtx("bwd"):
+                            (sum(term.weight * term.value for term in output.terms.values()) / accumulation).backward()
+                        sums.add(output)
+                    with nvtx("grad.reduce"):
+                        for role in roles:
+                            state.networks[role].take_gradients()
 
-                # --- Step: all trained roles, or none if anything is not finite; decided on what all ranks have seen ---
-                squares = {role: state.networks[role].square_norm() for role in roles}
-                agreed = report(sums, accumulation, squares, bool(signals), topology)
-                stopping = agreed.stopping
-                rates = {role: learning_rate(optim[role], state.steps[role], own_steps[role]) for role in roles}
-                skipped = agreed.trouble(roles, iteration)
-                if skipped is None:
+                    # --- Step: all trained roles, or none if anything is not finite; decided on what all ranks have seen ---
+                    with nvtx("report"):
+                        squares = {role: state.networks[role].square_norm() for role in roles}
+                        agreed = report(sums, accumulation, squares, bool(signals), topology)
+                    stopping = agreed.stopping
+                    rates = {role: learning_rate(optim[role], state.steps[role], own_steps[role]) for role in roles}
+                    skipped = agreed.trouble(roles, iteration)
+                    if skipped is None:
+                        for role in roles:
+                            with nvtx("clip"):
+                                clip(state.optimizers[role], agreed.norms[role], optim[role].clip_norm)
+                            with nvtx(f"optim.{role}"):
+                                state.optimizers[role].param_groups[0]["lr"] = rates[role]
+                                state.optimizers[role].step()
+                            state.steps[role] += 1
+                            weights_changed(method.networks[role])
+                        if state.ema is not None and ema_role in roles:
+                            state.ema.update()
                     for role in roles:
-                        clip(state.optimizers[role], agreed.norms[role], optim[role].clip_norm)
-                        state.optimizers[role].param_groups[0]["lr"] = rates[role]
-                        state.optimizers[role].step()
-                        state.steps[role] += 1
-                    if state.ema is not None and ema_role in roles:
-                        state.ema.update()
-                for role in roles:
-                    state.networks[role].drop_gradients()
+                        state.networks[role].drop_gradients()
                 state.skipped_in_row = 0 if skipped is None else state.skipped_in_row + 1
                 state.iteration += 1
 
                 # --- Tell, stop, save ---
                 seconds = time.perf_counter() - began
-                speed = config.global_batch_size / seconds
-                event = Event(iteration, tuple(roles), agreed.terms, agreed.metrics, agreed.norms, rates, speed, seconds, skipped)
+                per_second = config.global_batch_size / seconds
+                event = Event(iteration, tuple(roles), agreed.terms, agreed.metrics, agreed.norms, rates, per_second, seconds, skipped)
+                if speed is not None:
+                    event = replace(event, speed=speed.of(iteration, roles, seconds), peak=speed.peak)
                 for callback in callbacks:
                     callback.on_iteration(event)
                 if skipped is not None and state.skipped_in_row >= config.max_nonfinite:

@@ -11,10 +11,26 @@ from torch import nn
 from cosmos_mp.config import OptimConfig
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over all parameters, weight decay on all of them as the reference has it.
+def apex_fused_adam() -> type[torch.optim.Optimizer] | None:
+    """FusedAdam of NVIDIA's apex, None where it is not installed with its CUDA extensions. PyPI's `apex` is another project."""
+    try:
+        import amp_C  # noqa: F401
+        from apex.optimizers import FusedAdam
+    except (ImportError, OSError):
+        return None
+    return FusedAdam
 
-    The state is there at once, zero, so that a checkpoint has the same keys before and after the first step.
+
+def optimizer_words(device: torch.device) -> str:
+    """Whose fused AdamW `build_optimizer` takes for parameters on a device."""
+    return "apex FusedAdam" if device.type == "cuda" and apex_fused_adam() else "torch AdamW"
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101) over all parameters, weight decay on all of them as the reference has it: apex's fused one, for float32 on
+    a GPU where it is installed, else torch's.
+
+    The state is there at once, zero, so that a checkpoint has the same keys before and after the first step; both have the same.
 
     Raises:
         ValueError: an option out of range; the message names it.
@@ -27,16 +43,42 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
     ):
         if not fits:
             raise ValueError(f"optimizer option {name}={getattr(config, name)} must be {wanted}")
-    optimizer = torch.optim.AdamW(
-        list(parameters), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
-    )
-    for parameter in optimizer.param_groups[0]["params"]:
+    parameters = list(parameters)
+    options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    fused_adam = apex_fused_adam() if all(map(_apex_takes, parameters)) else None
+    if fused_adam is None:
+        optimizer = torch.optim.AdamW(parameters, fused=True, **options)
+    else:
+        # Left to itself, apex never launches its last kernel where the last tensor is empty, as a rank's piece may be.
+        optimizer = fused_adam([p for p in parameters if p.numel()], adam_w_mode=True, **options)
+        optimizer.register_step_pre_hook(_tell_step)
+        optimizer.register_step_post_hook(_count_step)
+    for parameter in parameters:
         optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            # apex counts on the CPU, in the group; the count of the state is what checkpoints hold.
+            "step": torch.zeros((), dtype=torch.float32, device="cpu" if fused_adam else parameter.device),
             "exp_avg": torch.zeros_like(parameter, requires_grad=False),
             "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
         }
     return optimizer
+
+
+def _apex_takes(parameter: nn.Parameter) -> bool:
+    return parameter.is_cuda and parameter.dtype == torch.float32
+
+
+def _tell_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Let apex count from where the state stands, which a checkpoint may have set."""
+    steps = {int(state["step"]) for parameter, state in optimizer.state.items() if parameter.grad is not None}
+    if len(steps) > 1:
+        raise RuntimeError(f"apex's FusedAdam counts the steps of all parameters together, and these have taken {sorted(steps)}")
+    optimizer.param_groups[0]["step"] = steps.pop() if steps else 0
+
+
+def _count_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    for parameter, state in optimizer.state.items():
+        if parameter.grad is not None:
+            state["step"] += 1
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:

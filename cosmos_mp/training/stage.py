@@ -8,6 +8,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TypeVar
 
+from cosmos_mp.backends.choice import choose
 from cosmos_mp.config import DMD2Run, KDRun, OptimConfig, TeacherRun
 from cosmos_mp.data.dataset import LatentDataset
 from cosmos_mp.diffusion.samplers import Answer
@@ -19,7 +20,10 @@ from cosmos_mp.parallel.watch import Watch
 from cosmos_mp.training.callbacks import Callback, ConsoleLog, JsonLines, Pictures, ProgressBar, TensorBoard
 from cosmos_mp.training.checkpoint import exclusive
 from cosmos_mp.training.loop import fit, micro_batches
+from cosmos_mp.training.optim import optimizer_words
+from cosmos_mp.training.profile import Profile, check_device, check_window, name_blocks
 from cosmos_mp.training.samples import HeldOut
+from cosmos_mp.training.speed import Speed, device_name
 
 Run = TypeVar("Run", TeacherRun, KDRun, DMD2Run)
 
@@ -31,9 +35,10 @@ def meet(config: TeacherRun | KDRun | DMD2Run) -> Topology:
     """Join the other processes of a training run, once its layout is known to fit.
 
     Raises:
-        ConfigError: it does not; the message names the values that do.
+        ConfigError: it does not, and the message names the values that do; or the profile asks for a GPU where there is none.
     """
     check_run(config, rank_and_world()[1])
+    check_device(config.profile)
     return join(config.parallel)
 
 
@@ -47,19 +52,23 @@ def on_all_ranks(main: Callable[[Run, Topology], int]) -> Callable[[Run], int]:
 
     @wraps(main)
     def run(config: Run) -> int:
-        topology = meet(config)
+        topology = replace(meet(config), backend=config.backend)
         watch = Watch(topology)
         with watch.explaining("opening data and networks"):
+            kind, words = choose(topology, config.train.recompute)
+            if topology.rank == 0:
+                print(f"backend: {kind} ({words}); optimizer: {optimizer_words(topology.device)}")
             return main(config, replace(topology, watch=watch))
 
     return run
 
 
 def check_run(config: TeacherRun | KDRun | DMD2Run, world: int) -> int:
-    """Whether a run over `world` processes fits its layout, networks and batch; gives its data-parallel size. Errors as `meet`."""
+    """Whether a run over `world` processes fits its layout, networks, batch and profile; gives its data-parallel size. Errors as `meet`."""
     head = config.head if isinstance(config, DMD2Run) and config.dmd2.gan_weight > 0 else None
     dp = check_layout(config.parallel, world, config.net, config.diffusion, head)
     micro_batches(config.train, dp)
+    check_window(config.profile, config.train.iterations, world)
     return dp
 
 
@@ -101,14 +110,31 @@ def train(
     """
     run_dir, options = Path(config.out), config.train
     callbacks: list[Callback] = []
+    if config.profile.on and topology.rank in config.profile.ranks:
+        for network in method.networks.values():
+            name_blocks(network)
+        callbacks.append(Profile(config.profile, topology))  # first: what it measures is in the event that the others write
     if topology.rank == 0:
         callbacks += [ConsoleLog(options.log_every), JsonLines(), ProgressBar(options.log_every)]
         callbacks += [TensorBoard()] if options.tensorboard else []
     if held_out is not None:
         callbacks.append(Pictures(held_out.renderer(answers), options.picture_every))
+    speed = Speed(config, data.reader.header.fields["text"].shape[0], topology.world, device_name(topology.device))
     settings = to_dict(config) | {DATA: data.reader.sha256}  # a resumed run must see the same samples
     with exclusive(run_dir, topology):
-        result = fit(method, data, options, optim, config.ema, run_dir, callbacks, settings=settings, ema_role=ema_role, topology=topology)
+        result = fit(
+            method,
+            data,
+            options,
+            optim,
+            config.ema,
+            run_dir,
+            callbacks,
+            settings=settings,
+            ema_role=ema_role,
+            topology=topology,
+            speed=speed,
+        )
     if result.interrupted and topology.rank == 0:
         print(f"interrupted and saved at iteration {result.iteration}; run the same command again to go on")
     return INTERRUPTED if result.interrupted else 0

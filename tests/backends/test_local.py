@@ -37,7 +37,7 @@ def test_attention_is_a_softmax_over_all_keys(backend):
     draw = torch.Generator().manual_seed(0)
     query = torch.randn(4, 2, 3, 5, generator=draw, dtype=torch.float64)
     key, value = (torch.randn(6, 2, 3, 5, generator=draw, dtype=torch.float64) for _ in range(2))
-    out = backend.attention(query, key, value)
+    out = backend.attention()(query, key, value)
     assert out.shape == (4, 2, 15)
     for b, h in np.ndindex(2, 3):
         weight = np.exp(query[:, b, h].numpy() @ key[:, b, h].numpy().T / math.sqrt(5))

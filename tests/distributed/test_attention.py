@@ -9,9 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from cosmos_mp.backends.local import LocalBackend
+from cosmos_mp.config import ParallelConfig
 from cosmos_mp.parallel import attention, noise
 from cosmos_mp.parallel.attention import ring, ulysses
-from cosmos_mp.parallel.topology import single_process
+from cosmos_mp.parallel.topology import join, single_process
 
 # Sizes that differ from one another, so that no two axes can be confused; also on every rank.
 SHAPE = TOKENS, BATCH, HEADS, SIZE = 24, 3, 4, 5
@@ -37,7 +38,7 @@ def plain(query, key, value, gradient):
 @pytest.fixture
 def attention_of():
     """`attention_of(kind, group)`."""
-    local = LocalBackend(single_process().tp_group).attention
+    local = LocalBackend(single_process().tp_group).attention()
     return lambda kind, group: ulysses(local, group) if kind == "ulysses" else ring(group)
 
 
@@ -90,6 +91,19 @@ def test_many_blocks_are_summed_in_more_than_their_own_precision(run_ranks, atte
 
     growth = [many / one for many, one in zip(errors(12), errors(1), strict=True)]
     assert all(ratio < most for ratio, most in zip(growth, (1.3, 1.3, 1.3, 1.6), strict=True)), growth
+
+
+def test_the_two_levels_of_context_parallelism_are_neighbours_and_those_across(run_ranks):
+    """For Transformer Engine's a2a+p2p: world 8 = tp 2 x cp 4, of which 2 trade heads."""
+
+    def work(rank):
+        topology = join(ParallelConfig(tp=2, cp=4, cp_attention="ulysses_ring", cp_ulysses=2))
+        return [dist.get_process_group_ranks(group) for group in (topology.cp_group, *topology.cp_levels)]
+
+    results = run_ranks(8, work)
+    assert results[0] == [[0, 2, 4, 6], [0, 2], [0, 4]]
+    assert results[3] == [[1, 3, 5, 7], [1, 3], [3, 7]]
+    assert results[6] == [[0, 2, 4, 6], [4, 6], [2, 6]]
 
 
 @pytest.mark.parametrize("kind", MEMBERS)

@@ -7,10 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cosmos_mp.config import DiffusionConfig, DMD2Run, HeadConfig, NetConfig, ParallelConfig
+from cosmos_mp.config import DiffusionConfig, DMD2Config, DMD2Run, HeadConfig, KDRun, NetConfig, ParallelConfig, TeacherRun
 from cosmos_mp.models.discriminator import Discriminator
 from cosmos_mp.models.dit import NetInput
-from cosmos_mp.plan.cost import dmd2_cycle_work, forward_work, head_work, kd_traffic, tokens_of
+from cosmos_mp.plan.cost import dmd2_cycle_work, dmd2_work, forward_work, head_work, kd_traffic, model_work, tokens_of
 from cosmos_mp.plan.dry_run import transfer_on_meta
 
 RUN = DMD2Run()
@@ -78,6 +78,44 @@ def test_the_7b_cycle_is_the_known_one():
     assert dmd2_cycle_work(*GIVEN, 1, "full") - dmd2_cycle_work(*GIVEN, 0, "full") - critic == pytest.approx(whole, rel=1e-2)
     more = dmd2_cycle_work(*GIVEN, 4, "none", judges=8) - dmd2_cycle_work(*GIVEN, 4, "none")
     assert more == pytest.approx(7 * 18 * 0.59e12, rel=1e-2)
+
+
+CRITICS = ("fake_score", "discriminator")
+
+
+@pytest.mark.parametrize(
+    ("config", "roles", "petaflop"),
+    [
+        (KDRun(), ("student",), 7.36),
+        (TeacherRun(), ("teacher",), 7.36),
+        (RUN, ("student",), 17.08),
+        (RUN, CRITICS, 12.66),
+    ],
+)
+def test_an_iteration_of_the_7b_is_the_known_work(config, roles, petaflop):
+    assert model_work(config, 0, roles, 512) == pytest.approx(petaflop * 1e15, rel=1e-3)
+
+
+def test_the_students_warm_up_is_one_trained_pass():
+    config = DMD2Run(dmd2=DMD2Config(reconstruction_warmup=3))
+    assert model_work(config, 2, ("student",), 512) == model_work(KDRun(), 2, ("student",), 512)
+    assert model_work(config, 3, ("student",), 512) == model_work(RUN, 3, ("student",), 512)
+
+
+def test_each_option_of_dmd2_counts_the_passes_that_it_adds():
+    one = forward_work(RUN.net, tokens_of(RUN.diffusion), 512).total
+    early = forward_work(RUN.net, tokens_of(RUN.diffusion), 512, 15)
+    judge = head_work(RUN.net, RUN.diffusion, RUN.head).total
+
+    def works(**options) -> tuple[float, float]:
+        return dmd2_work(RUN.net, RUN.diffusion, RUN.head, DMD2Config(**options), 512)
+
+    judged = (early.through + 2 * judge, 2 * early.total + 4 * judge)
+    assert works() == pytest.approx((6 * one + judged[0], 4 * one + judged[1]))
+    assert works(guidance=0.0) == pytest.approx((5 * one + judged[0], 4 * one + judged[1]))
+    assert works(gan_weight=0.0) == pytest.approx((6 * one, 4 * one))
+    assert works(ladd=True) == pytest.approx((3 * one + early.total + judged[0], one + judged[1]))
+    assert works(r1_weight=1.0) == pytest.approx((6 * one + judged[0], 4 * one + 1.5 * judged[1]))
 
 
 def test_the_7b_sends_the_known_bytes_per_layer():

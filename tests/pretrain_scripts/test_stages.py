@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from PIL import Image
 
 from cosmos_mp import config, options, presets, roles
 from cosmos_mp.data.shards import StoreError
+from cosmos_mp.plan.cost import model_work
 from cosmos_mp.training.checkpoint import latest, load_weights_of
 from cosmos_mp.training.logs import lines, read_log
 from cosmos_mp.training.pictures import picture_grid
@@ -87,6 +89,31 @@ def test_the_log_of_dmd2_has_every_term_norm_rate_and_the_accuracy(tiny_chain):
     assert logged[0]["lrs"] == {"student": pytest.approx(1e-4)} and logged[1]["lrs"]["discriminator"] == pytest.approx(1e-3)
     # Student and fake score start as KD's student and the teacher: the scores agree, and at guidance 0 there is nothing to learn yet.
     assert logged[0]["terms"]["vsd"] == 0 < logged[5]["terms"]["vsd"]
+
+
+@pytest.mark.parametrize(("stage", "text_tokens"), [("teacher", 12), ("kd", 12), ("dmd2", 12)])
+def test_the_log_says_tokens_and_work_of_each_phase(tiny_chain, stage, text_tokens):
+    stored = options.load(tiny_chain.root / stage / "config.json")
+    for record in records(tiny_chain.root / stage):
+        speed, seconds = record["speed"], record["seconds"]
+        work = model_work(stored, record["iteration"], record["roles"], text_tokens)
+        assert set(speed) == {"tokens_per_second", "tflops"} and record["peak"] == "no peak known for cpu"
+        assert speed["tokens_per_second"] == pytest.approx(4 * 3 * 4 * 4 / seconds)
+        assert speed["tflops"] == pytest.approx(4 * work / seconds / 1e12) and record["passes"] == {}
+
+
+def test_a_stage_is_profiled_where_and_when_asked(tiny_chain):
+    window = ["--profile.kind", "torch", "--profile.start", 1, "--profile.stop", 3]
+    run = tiny_chain.run("kd", "profiled", "--train.iterations", 4, *window)
+    logged = records(run)
+    assert [bool(record["passes"]) for record in logged] == [False, True, True, False] and "student.fwd" in logged[1]["passes"]
+    with gzip.open(run / "profile" / "trace_rank0.json.gz", "rt") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    assert names.count("cosmos_mp.step/student") == 2 and names.count("control.blk1.mlp") == names.count("student.fwd") == 4
+    assert [r["terms"] for r in logged] == [r["terms"] for r in records(tiny_chain.root / "kd")]
+    # What was profiled may change when the run goes on.
+    tiny_chain.run("kd", "profiled", "--train.iterations", 5, "--profile.kind", "none", "--profile.ranks", 0, 1)
+    assert len(records(run)) == 5
 
 
 # --- Where each role starts ---
@@ -212,7 +239,7 @@ def test_dmd2_resumed_inside_the_cycle_is_bit_exact(tiny_chain):
     assert same(weights(run, "student", ema=True), weights(whole, "student", ema=True))
     logged = read_log(run / "log.jsonl")
     for name, (iterations, values) in read_log(whole / "log.jsonl").items():
-        if name not in ("seconds", "samples_per_second"):
+        if name not in ("seconds", "samples_per_second") and not name.startswith("speed/"):
             assert np.array_equal(logged[name][0], iterations) and np.array_equal(logged[name][1], values), name
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -57,6 +58,40 @@ def test_console_shows_every_phase_and_every_term(tmp_path):
     for words in ("5/10", "fake_score+discriminator", "fake_score 5.0000E+00", "accuracy 0.75", "grad norm discriminator 4"):
         assert words in critic, words  # the mean of 2, 4, 6, 8 is 5
     assert "vsd 6.0000E+00" in lines[2] and "6/10" in lines[2]
+
+
+def with_speed(iteration: int, seconds: float, mfu: float | None, **passes: float) -> Event:
+    speed = {"tokens_per_second": 4e6 / seconds, "tflops": 800 / seconds} | ({} if mfu is None else {"mfu": mfu})
+    peak = "no peak known for cpu" if mfu is None else "989 TFLOP/s, H100"
+    return replace(event_of(iteration), seconds=seconds, speed=speed, peak=peak, passes=passes)
+
+
+def test_console_says_speed_by_phase_over_all_its_time(tmp_path):
+    out = io.StringIO()
+    console = ConsoleLog(log_every=3, file=out)
+    console.on_start(state_of(tmp_path, iterations=3))
+    for event in (with_speed(0, 4.0, 0.3), with_speed(1, 1.0, 0.2), with_speed(2, 3.0, 0.4)):
+        console.on_iteration(event)
+    student, critic = out.getvalue().splitlines()
+    assert "1e+06 tokens/s | 200 model TFLOP/s per rank | MFU 30.0 % of 989 TFLOP/s, H100" in student
+    # Two iterations of 4e6 tokens in 4 s; the longer one weighs more.
+    assert "2e+06 tokens/s | 400 model TFLOP/s per rank | MFU 35.0 % of" in critic
+
+
+def test_console_says_why_there_is_no_mfu_and_what_was_profiled(tmp_path):
+    out = io.StringIO()
+    console = ConsoleLog(log_every=2, file=out)
+    console.on_start(state_of(tmp_path, iterations=2))
+    console.on_iteration(with_speed(1, 1.0, None))
+    console.on_iteration(with_speed(3, 1.0, None, **{"student.fwd": 0.25, "bwd": 0.5}))
+    line = out.getvalue()
+    assert "800 model TFLOP/s per rank | no MFU: no peak known for cpu | student.fwd 0.25 s | bwd 0.5 s" in line
+
+
+def test_console_and_log_of_a_run_without_known_work_say_nothing_of_it(tmp_path):
+    out = io.StringIO()
+    play(ConsoleLog(log_every=5, file=out), state_of(tmp_path), range(5))
+    assert "tokens/s" not in out.getvalue() and "MFU" not in out.getvalue()
 
 
 def test_console_leaves_skipped_steps_out_of_the_means_and_names_them(tmp_path):
@@ -127,6 +162,18 @@ def test_tensorboard_holds_each_iteration_once_over_a_resume(tmp_path):
         "speed/samples_per_second",
     }
     assert wanted <= set(events.Tags()["scalars"])
+
+
+def test_tensorboard_keeps_the_speed_of_phases_apart(tmp_path):
+    writer = TensorBoard()
+    writer.on_start(state_of(tmp_path))
+    writer.on_iteration(with_speed(0, 4.0, 0.25))
+    writer.on_iteration(with_speed(1, 1.0, 0.5))
+    writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.value for e in events.Scalars("speed/student/mfu")] == [0.25]
+    assert [e.value for e in events.Scalars("speed/fake_score-discriminator/mfu")] == [0.5]
 
 
 def videos(value: float) -> dict[str, np.ndarray]:

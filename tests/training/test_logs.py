@@ -40,6 +40,15 @@ def test_quantities_come_back_with_their_iterations(tmp_path):
     }
 
 
+def test_speed_and_passes_are_kept_apart_by_phase(tmp_path):
+    path = tmp_path / "log.jsonl"
+    measured = {"speed": {"tflops": 3.0}, "peak": "none", "passes": {"student.fwd": 0.5}}
+    write(path, [record(0) | measured, record(1, "fake_score") | measured | {"speed": {"tflops": 4.0}}, record(5) | measured])
+    log = read_log(path)
+    assert log["speed/tflops/student"][0].tolist() == [0, 5] and log["speed/tflops/fake_score"][1].tolist() == [4.0]
+    assert log["passes/student.fwd/student"][0].tolist() == [0, 5] and log["passes/student.fwd/fake_score"][0].tolist() == [1]
+
+
 def test_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path):
     path = tmp_path / "log.jsonl"
     write(path, [record(0, vsd=math.inf)])

@@ -21,7 +21,7 @@ from cosmos_mp.config import ConfigError, EMAConfig, OptimConfig, TrainConfig
 from cosmos_mp.data.batch import Batch
 from cosmos_mp.distill.method import StepOutput, Term
 from cosmos_mp.parallel import noise
-from cosmos_mp.training import checkpoint
+from cosmos_mp.training import checkpoint, loop
 from cosmos_mp.training.callbacks import Callback, JsonLines
 from cosmos_mp.training.loop import Event, NonFiniteError, Result, State, fit, micro_batches
 from cosmos_mp.training.optim import learning_rate
@@ -182,6 +182,15 @@ def test_gradients_reach_exactly_the_trained_roles_and_none_stays(tmp_path):
     assert method.touched == {(i, role) for i in range(12) for role in method.trained(i)}
     assert all(p.grad is None for network in method.networks.values() for p in network.parameters())
     assert all(torch.equal(frozen[name], p) for name, p in method.networks["teacher"].named_parameters())
+
+
+def test_layers_are_told_of_new_weights_at_the_start_and_after_every_step_taken(tmp_path, monkeypatch):
+    method, told = Toy(break_at={3: "loss"}), []
+    roles = {id(network): role for role, network in method.networks.items()}
+    monkeypatch.setattr(loop, "weights_changed", lambda network: told.append((method.iteration, roles[id(network)])))
+    train(tmp_path, method=method, iterations=7)
+    steps = [(i, role) for i in range(7) if i != 3 for role in method.trained(i)]
+    assert told == [(-1, role) for role in method.networks] + steps
 
 
 def test_samples_are_consumed_in_order(tmp_path):

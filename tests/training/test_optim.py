@@ -1,12 +1,15 @@
 """Learning rates, zero state, AdamW's options, gradient norm and clipping."""
 
 import math
+import sys
+from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
 from cosmos_mp.config import OptimConfig
+from cosmos_mp.training import optim
 from cosmos_mp.training.optim import build_optimizer, clip, learning_rate
 
 
@@ -86,3 +89,113 @@ def test_gradients_stay_where_nothing_is_to_clip(norm, clip_norm):
     before = gradients(optimizer)
     clip(optimizer, norm, clip_norm)
     assert all(now is then is None or torch.equal(now, then) for now, then in zip(gradients(optimizer), before, strict=True))
+
+
+# --- apex ---
+
+
+class FakeApex(torch.optim.Optimizer):
+    """What apex's FusedAdam does, by the text of its source: one count of steps for a group; for here it cannot run."""
+
+    def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0):
+        assert adam_w_mode and bias_correction
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            (b1, b2), n = group["betas"], group["step"]
+            assert group["params"][-1].numel(), "apex launches nothing where the last tensor is empty"
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    state["exp_avg"].lerp_(p.grad, 1 - b1)
+                    state["exp_avg_sq"].lerp_(p.grad.square(), 1 - b2)
+                    update = state["exp_avg"] / (1 - b1**n) / ((state["exp_avg_sq"] / (1 - b2**n)).sqrt() + group["eps"])
+                    p.sub_(group["lr"] * (update + group["weight_decay"] * p))
+
+
+def stepped(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], steps: range) -> None:
+    for step in steps:
+        optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+        for index, p in enumerate(parameters):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(7 * step + index)).to(p.device)
+        clip(optimizer, 5.0, 2.0)
+        optimizer.step()
+
+
+def parameters_of(device: str = "cpu") -> list[nn.Parameter]:
+    draw = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=draw).to(device)) for shape in ((3, 4), (5,), (0, 4))]
+
+
+ADAMW = OptimConfig(lr=0.1, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.2)
+
+
+def check_same(ours: torch.optim.Optimizer, own: list[nn.Parameter], reference: torch.optim.Optimizer, other: list[nn.Parameter]) -> None:
+    for a, b in zip(own, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        assert ours.state[a].keys() == reference.state[b].keys()
+        for key, value in ours.state[a].items():
+            torch.testing.assert_close(value.cpu(), reference.state[b][key].cpu(), rtol=1e-5, atol=1e-6)
+
+
+def test_apex_takes_the_step_of_torch_and_goes_on_from_either_state(monkeypatch):
+    plain, reference = (made := parameters_of()), build_optimizer(made, ADAMW)
+    stepped(reference, plain, range(3))
+    monkeypatch.setattr(optim, "apex_fused_adam", lambda: FakeApex)
+    monkeypatch.setattr(optim, "_apex_takes", lambda p: True)
+    first = parameters_of()
+    apex = build_optimizer(first, ADAMW)
+    assert isinstance(apex, FakeApex) and all(not value.any() for p in first for value in apex.state[p].values())
+    stepped(apex, first, range(3))
+    check_same(apex, first, reference, plain)
+    # What a checkpoint does: values are copied into the state that is there.
+    again = parameters_of()
+    resumed = build_optimizer(again, ADAMW)
+    with torch.no_grad():
+        for p, q in zip(again, plain, strict=True):
+            p.copy_(q)
+            for key, value in reference.state[q].items():
+                resumed.state[p][key].copy_(value)
+    stepped(resumed, again, range(3, 5))
+    stepped(reference, plain, range(3, 5))
+    check_same(resumed, again, reference, plain)
+
+
+def test_apex_is_not_taken_for_what_it_cannot_step(monkeypatch):
+    monkeypatch.setattr(optim, "apex_fused_adam", lambda: FakeApex)
+    assert isinstance(build_optimizer(parameters_of(), ADAMW), torch.optim.AdamW)  # not on a GPU
+    assert optim.optimizer_words(torch.device("cpu")) == "torch AdamW"
+    assert optim.optimizer_words(torch.device("cuda")) == "apex FusedAdam"
+
+
+def test_parameters_that_have_taken_different_steps_are_refused_by_apex(monkeypatch):
+    monkeypatch.setattr(optim, "apex_fused_adam", lambda: FakeApex)
+    monkeypatch.setattr(optim, "_apex_takes", lambda p: True)
+    own = parameters_of()[:2]
+    optimizer = build_optimizer(own, ADAMW)
+    stepped(optimizer, own[:1], range(1))
+    with pytest.raises(RuntimeError, match=r"have taken \[0, 1\]"):
+        stepped(optimizer, own, range(1))
+
+
+def test_the_package_of_that_name_on_pypi_is_not_taken_for_apex(monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
+    assert optim.apex_fused_adam() is None
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_apex_takes_the_step_of_torch(monkeypatch):
+    """Not run on a GPU so far."""
+    if optim.apex_fused_adam() is None:
+        pytest.skip("apex is not installed")
+    first, second = parameters_of("cuda"), parameters_of("cuda")
+    apex = build_optimizer(first, ADAMW)
+    monkeypatch.setattr(optim, "apex_fused_adam", lambda: None)
+    reference = build_optimizer(second, ADAMW)
+    assert not isinstance(apex, torch.optim.AdamW) and isinstance(reference, torch.optim.AdamW)
+    for optimizer, own in ((apex, first), (reference, second)):
+        stepped(optimizer, own, range(5))
+    check_same(apex, first, reference, second)

@@ -100,6 +100,17 @@ def test_a_run_leaves_config_log_scalars_pictures_and_checkpoint(run, tmp_path, 
     assert "iteration 2/4, 0" in captured.err
 
 
+@pytest.mark.parametrize(
+    ("options", "profiled"),
+    [([], False), (["--profile.kind", "torch"], True), (["--profile.kind", "torch", "--profile.ranks", 1, 2], False)],
+)
+def test_only_the_ranks_that_were_named_are_profiled(run, tmp_path, monkeypatch, options, profiled):
+    named = []
+    monkeypatch.setattr(stage, "name_blocks", named.append)
+    assert run("a", "--train.iterations", 2, "--profile.start", 1, "--profile.stop", 2, *options) == 0
+    assert (len(named) == 1) is profiled and (tmp_path / "a" / "profile" / "trace_rank0.json.gz").exists() is profiled
+
+
 def test_watchers_can_be_left_out(run, tmp_path):
     assert run("a", "--train.iterations", 1) == 0
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [".lock", "checkpoints", "config.json", "log.jsonl"]
@@ -216,6 +227,28 @@ def test_a_run_that_does_not_fit_its_processes_is_refused_before_any_group_is_ma
     with pytest.raises(ConfigError, match=said):
         meet(settings)
     assert joined == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--profile.start", 7, "--profile.stop", 9], "profile.start=7 comes after the last of train.iterations=6"),
+        (["--profile.start", 1, "--profile.stop", 3, "--profile.ranks", 0, 4], "profile.ranks names 4; the ranks of 2"),
+    ],
+)
+def test_a_profile_of_nothing_is_refused_before_any_group_is_made(tiny_world, monkeypatch, joined, options, said):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=said):
+        meet(tiny_world.config("teacher", "unused", "--profile.kind", "torch", *options))
+    assert not joined
+
+
+def test_a_profile_of_a_gpu_is_refused_without_one(tiny_world, monkeypatch, joined):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="profile.kind=nsight records a GPU"):
+        meet(tiny_world.config("teacher", "unused", "--profile.kind", "nsight", "--profile.start", 1, "--profile.stop", 3))
+    assert not joined
 
 
 def test_a_run_that_fits_joins_with_its_layout(tiny_world, monkeypatch, joined):
