@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from cosmos_mp import commands, presets
 from cosmos_mp.backends.fp8 import E4M3, RECIPES, linears, quantise
 from cosmos_mp.bench.parallel import markdown
-from cosmos_mp.config import DMD2Config, EMAConfig, FP8Recipe, HeadConfig, OptimConfig, ParallelConfig, SamplerConfig, TrainConfig
+from cosmos_mp.config import (
+    BackendConfig,
+    DMD2Config,
+    EMAConfig,
+    FP8Recipe,
+    HeadConfig,
+    OptimConfig,
+    ParallelConfig,
+    SamplerConfig,
+    TrainConfig,
+)
 from cosmos_mp.data.dataset import LatentDataset
 from cosmos_mp.data.shards import ShardWriter
 from cosmos_mp.diffusion.edm import Denoiser
@@ -136,7 +146,7 @@ def make_world(root: Path, size: Size) -> World:
 
 
 def _topology(compute: str) -> Topology:
-    return join(ParallelConfig(compute=compute))
+    return replace(join(ParallelConfig(compute=compute)), backend=BackendConfig(kind="local"))
 
 
 def _whole(weights: dict[str, Tensor]) -> nn.Module:

@@ -32,14 +32,18 @@ INTERRUPTED = 75
 
 
 def meet(config: TeacherRun | KDRun | DMD2Run) -> Topology:
-    """Join the other processes of a training run, once its layout is known to fit.
+    """Join the other processes of a training run, once its layout is known to fit; the first says which backend and optimizer were found.
 
     Raises:
-        ConfigError: it does not, and the message names the values that do; or the profile asks for a GPU where there is none.
+        ConfigError: it does not, and the message names the values that do; or profile or backend ask for what is not there.
     """
     check_run(config, rank_and_world()[1])
     check_device(config.profile)
-    return join(config.parallel)
+    topology = replace(join(config.parallel), backend=config.backend)
+    kind, words = choose(topology, config.train.recompute)
+    if topology.rank == 0:
+        print(f"backend: {kind} ({words}); optimizer: {optimizer_words(topology.device)}")
+    return topology
 
 
 def on_all_ranks(main: Callable[[Run, Topology], int]) -> Callable[[Run], int]:
@@ -52,12 +56,9 @@ def on_all_ranks(main: Callable[[Run, Topology], int]) -> Callable[[Run], int]:
 
     @wraps(main)
     def run(config: Run) -> int:
-        topology = replace(meet(config), backend=config.backend)
+        topology = meet(config)
         watch = Watch(topology)
         with watch.explaining("opening data and networks"):
-            kind, words = choose(topology, config.train.recompute)
-            if topology.rank == 0:
-                print(f"backend: {kind} ({words}); optimizer: {optimizer_words(topology.device)}")
             return main(config, replace(topology, watch=watch))
 
     return run

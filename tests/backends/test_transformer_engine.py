@@ -37,6 +37,7 @@ from cosmos_mp.parallel.context import context_parallel
 from cosmos_mp.parallel.tensor import split_dims, tensor_parallel
 from cosmos_mp.parallel.topology import join, single_process
 from cosmos_mp.roles import transfer_net
+from cosmos_mp.training.stage import on_all_ranks
 
 _spec = importlib.util.spec_from_file_location("fake_te", Path(__file__).with_name("fake_te.py"))
 fake_te = importlib.util.module_from_spec(_spec)
@@ -346,6 +347,15 @@ def test_a_sequence_parallel_layout_reaches_the_linears(te, tiny_net, sequence):
     options = ParallelConfig(tp=2, sequence_parallel=sequence)
     backend = choice.make(Choice("transformer_engine", ""), tiny_net(), replace(single_process(), tp_group=Group(), options=options))
     assert backend.column_linear(6, 4).sequence_parallel is backend.row_linear(6, 4).sequence_parallel is sequence
+
+
+def test_a_run_says_at_its_start_what_it_found_and_refuses_what_cannot_run(capsys):
+    run = on_all_ranks(lambda config, topology: print(topology.backend.kind))
+    run(KDRun(backend=BackendConfig(kind="local")))
+    assert capsys.readouterr().out == "backend: local (as asked for); optimizer: torch AdamW\nlocal\n"
+    with pytest.raises(ConfigError, match=r"backend\.kind=transformer_engine"):
+        run(KDRun(backend=BackendConfig(kind="transformer_engine")))
+    assert capsys.readouterr().out == ""
 
 
 # --- Configurations ---

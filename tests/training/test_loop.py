@@ -360,7 +360,15 @@ def test_signal_handlers_are_put_back(tmp_path):
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_second_interrupt_acts_at_once(tmp_path):
+@pytest.fixture
+def interruptible():
+    """What Python sets up by itself, but where a shell has started it in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_second_interrupt_acts_at_once(tmp_path, interruptible):
     class Twice(Recorder):
         def on_iteration(self, event):
             for _ in range(2):  # apart: two that are not yet handled count as one

@@ -202,7 +202,7 @@ def test_a_folder_where_another_process_trains_is_refused(run, tmp_path):
 def joined(monkeypatch) -> list:
     """The layouts for which groups would have been made."""
     asked: list = []
-    monkeypatch.setattr(stage, "join", lambda options: asked.append(options) or "topology")
+    monkeypatch.setattr(stage, "join", lambda options: asked.append(options) or single_process())
     return asked
 
 
@@ -255,7 +255,7 @@ def test_a_run_that_fits_joins_with_its_layout(tiny_world, monkeypatch, joined):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     settings = tiny_world.config("teacher", "unused", "--parallel.tp", 2, "--parallel.sequence_parallel")
-    assert meet(settings) == "topology"
+    assert meet(settings) == dataclasses.replace(single_process(), backend=settings.backend)
     assert joined == [settings.parallel] and settings.parallel.tp == 2
 
 
