@@ -158,7 +158,7 @@ def test_the_tables_are_the_measured_ones():
     assert layouts_table() in readme
     assert all(table in readme for table in parallel.tables(bench()))
     assert all(table in readme for table in fp8.tables(bench("fp8")))
-    assert static.table(bench("static")) in readme
+    assert static.table(bench("static")) in readme and cpu.table(bench("cpu")) in readme
 
 
 def bench(name: str = "parallel") -> dict:
