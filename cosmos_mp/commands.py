@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -260,6 +260,15 @@ def verify(words: list[str]) -> int:
 def bench(words: list[str]) -> None:
     """Measure: `cpu` beside other libraries, `fp8` accuracy, `parallel` layouts on processes, `static` compiled kernels."""
 
+    def _measured(measure: Callable[[], dict[str, Any]], json: Path | None) -> None:
+        from cosmos_mp.files import write_json
+
+        if json is not None:  # before the minutes that it takes
+            json.parent.mkdir(parents=True, exist_ok=True)
+        found = measure()
+        if json is not None:
+            write_json(json, found)
+
     def _parallel(json: Path | None = None, fast: bool = False) -> None:
         """FLOPs, time, memory and bytes sent, printed as tables.
 
@@ -268,13 +277,8 @@ def bench(words: list[str]) -> None:
             fast: small networks, for a look.
         """
         from cosmos_mp.bench.parallel import bench_parallel
-        from cosmos_mp.files import write_json
 
-        if json is not None:
-            json.parent.mkdir(parents=True, exist_ok=True)
-        found = bench_parallel(fast)
-        if json is not None:
-            write_json(json, found)
+        _measured(lambda: bench_parallel(fast), json)
 
     def _static(json: Path | None = None) -> None:
         """Registers, spills and traffic of every Triton kernel, compiled for sm_90 and sm_100 without a GPU.
@@ -283,11 +287,8 @@ def bench(words: list[str]) -> None:
             json: file to write the numbers to.
         """
         from cosmos_mp.bench.static import bench_static
-        from cosmos_mp.files import write_json
 
-        found = bench_static()
-        if json is not None:
-            write_json(json, found)
+        _measured(bench_static, json)
 
     def _cpu(json: Path | None = None, fast: bool = False) -> None:
         """Ours beside diffusers, cv2 and eager torch on this CPU, printed as a table of ratios.
@@ -297,11 +298,8 @@ def bench(words: list[str]) -> None:
             fast: small sizes, for a look.
         """
         from cosmos_mp.bench.cpu import bench_cpu
-        from cosmos_mp.files import write_json
 
-        found = bench_cpu(fast)
-        if json is not None:
-            write_json(json, found)
+        _measured(lambda: bench_cpu(fast), json)
 
     def _fp8(json: Path | None = None, fast: bool = False) -> None:
         """Accuracy of FP8's recipes beside bfloat16's on a small teacher and its student, printed as tables.
@@ -311,11 +309,8 @@ def bench(words: list[str]) -> None:
             fast: hardly trained, for a look.
         """
         from cosmos_mp.bench.fp8 import bench_fp8
-        from cosmos_mp.files import write_json
 
-        found = bench_fp8(fast)
-        if json is not None:
-            write_json(json, found)
+        _measured(lambda: bench_fp8(fast), json)
 
     known = {"cpu": _cpu, "fp8": _fp8, "parallel": _parallel, "static": _static}
     if not words:
