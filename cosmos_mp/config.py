@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Literal
 
 Control = Literal["edge", "vis", "depth", "keypoint", "seg"]
@@ -367,7 +368,7 @@ class ParallelConfig:
     reference_cp_scaling: int = 0
     """Reproduce what the published recipe did at this context-parallel size: generator GAN gradient / N, VSD norm per N-th of a clip."""
     timeout: float = 600.0
-    """Seconds after which a rank that waits for another gives up."""
+    """Seconds within which a rank that waits for another in vain has ended. The last of them, `grace`, go to asking who is lost."""
 
     def __post_init__(self) -> None:
         _need("parallel.", self, tp=POSITIVE, cp=POSITIVE, dp=NOT_NEGATIVE, shard=NOT_NEGATIVE, timeout=POSITIVE)
@@ -382,6 +383,16 @@ class ParallelConfig:
             raise ConfigError(f"parallel.cp_ulysses={self.cp_ulysses} is for parallel.cp_attention=ulysses_ring: set either")
         if self.sequence_parallel and self.tp == 1:
             raise ConfigError("parallel.sequence_parallel splits over the ranks of tp: give parallel.tp at least 2, or leave it off")
+
+    @property
+    def grace(self) -> float:
+        """Seconds of `timeout` between a collective that gave up and the end of its process."""
+        return min(10.0, self.timeout / 2)
+
+    @property
+    def collective_timeout(self) -> timedelta:
+        """How long a collective waits."""
+        return timedelta(seconds=self.timeout - self.grace)
 
 
 @dataclass(frozen=True)

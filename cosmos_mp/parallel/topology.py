@@ -120,8 +120,7 @@ def join(options: ParallelConfig) -> Topology:
         if world == 1:  # a store of its own: nobody else needs a port
             dist.init_process_group("gloo" if device.type == "cpu" else backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            timeout = timedelta(seconds=options.timeout)
-            dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=timeout)
+            dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=options.collective_timeout)
     from megatron.core import parallel_state
 
     if not parallel_state.is_initialized():
@@ -129,7 +128,7 @@ def join(options: ParallelConfig) -> Topology:
             tensor_model_parallel_size=options.tp,
             context_parallel_size=options.cp,
             create_gloo_process_groups=False,
-            distributed_timeout_minutes=options.timeout / 60,
+            distributed_timeout_minutes=options.collective_timeout / timedelta(minutes=1),
         )
     tp_group, cp_group = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_context_parallel_group()
     dp_group, dp_cp_group = (parallel_state.get_data_parallel_group(with_context_parallel=both) for both in (False, True))
@@ -166,4 +165,4 @@ def _cp_levels(options: ParallelConfig) -> tuple[dist.ProcessGroup, ...]:
 def _groups_along(ranks: torch.Tensor, dimension: int, name: str, options: ParallelConfig) -> dist.ProcessGroup:
     """This rank's group among those that run along one dimension of a grid of all ranks. Every rank calls."""
     rows = ranks.movedim(dimension, -1).flatten(0, -2).tolist()
-    return dist.new_subgroups_by_enumeration(rows, timeout=timedelta(seconds=options.timeout), group_desc=name)[0]
+    return dist.new_subgroups_by_enumeration(rows, timeout=options.collective_timeout, group_desc=name)[0]

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 PERIOD = 0.5
 """Seconds between two looks for an alarm."""
-PATIENCE = 5.0
-"""Seconds that an alarm waits for answers."""
 
 
 class LostRank(ConnectionError):
@@ -32,6 +30,7 @@ class Watch:
 
     def __init__(self, topology: Topology):
         self.rank, self.world = topology.rank, topology.world if topology.mesh is not None else 1
+        self._patience = topology.options.grace / 2
         self._place, self._since = "starting", time.monotonic()
         self._closed = threading.Event()
         if self.world > 1:
@@ -83,7 +82,7 @@ class Watch:
         others = [rank for rank in range(self.world) if rank != self.rank]
         try:
             self._store.set("alarm", "")
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + self._patience
             while not self._store.check([f"answer/{rank}" for rank in others]) and time.monotonic() < deadline:
                 time.sleep(PERIOD / 5)
             answers = {rank: self._store.get(f"answer/{rank}").decode() for rank in others if self._store.check([f"answer/{rank}"])}

@@ -9,7 +9,6 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,7 +61,7 @@ class Saver:
         self._group: dist.ProcessGroup | None = None
         if self.world > 1:
             # Its own, so that its collectives and those of the training never meet; gloo, since all of them are about files.
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=topology.options.timeout), group_desc="CHECKPOINT")
+            self._group = dist.new_group(backend="gloo", timeout=topology.options.collective_timeout, group_desc="CHECKPOINT")
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._under_way: Future[None] | None = None
         self._new: deque[Path] = deque()

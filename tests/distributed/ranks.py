@@ -41,7 +41,8 @@ def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 6
         try:
             for rank in range(world):
                 ours, theirs = context.Pipe()
-                place = (rank, world, Path(folder), timeout)
+                # Longer than the parent waits: who is waited for is to be named, not who waits.
+                place = (rank, world, Path(folder), timedelta(seconds=timeout + 10))
                 processes.append(context.Process(target=_rank, args=(ours, theirs, place, function, args), daemon=True))
                 processes[-1].start()
                 theirs.close()  # held by the rank alone, so that its death is seen
@@ -56,7 +57,7 @@ def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 6
                 pipe.close()
 
 
-def initialize(rank: int, world: int, folder: Path, timeout: float) -> None:
+def initialize(rank: int, world: int, folder: Path, timeout: timedelta) -> None:
     """Make this process one of `world` ranks that meet in `folder`, as torchrun would have; groups of its parent are forgotten."""
     torch.set_num_threads(1)
     if dist.is_initialized():
@@ -65,12 +66,10 @@ def initialize(rank: int, world: int, folder: Path, timeout: float) -> None:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    # Longer than the parent waits: who is waited for is to be named, not who waits.
-    limit = timedelta(seconds=timeout + 10)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=limit)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timeout)
 
 
-def _rank(ours: Connection, theirs: Connection, place: tuple[int, int, Path, float], function: Callable[..., Any], args: tuple) -> None:
+def _rank(ours: Connection, theirs: Connection, place: tuple[int, int, Path, timedelta], function: Callable[..., Any], args: tuple) -> None:
     ours.close()
     try:
         with _stack(place[2], place[0]).open("w") as stack:
