@@ -30,61 +30,67 @@ if ! (cd pretrain_scripts && python -c 'import cosmos_mp') 2>/dev/null; then
 fi
 
 set_environment
-export RANK=0 LOCAL_RANK=0 WORLD_SIZE=$gpus MASTER_ADDR=127.0.0.1
 command=(python "$script" "${words[@]}")
+launcher=(torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node "$gpus")
 print_environment
-print_command "${command[@]}"
+print_command "${launcher[@]}" "${command[@]:1}"
+check() { RANK=0 LOCAL_RANK=0 WORLD_SIZE=$gpus "${command[@]}" "$@"; }
 if is_dry_run "${words[@]}"; then
-  exec "${command[@]}"
+  check
+  exit
 fi
-"${command[@]}" --dry-run >/dev/null # a wrong option is named once, before anything starts
+check --dry-run >/dev/null # a wrong option is named once, before anything starts
 mkdir -p runs # for what NCCL writes when a rank is lost
-MASTER_PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-export MASTER_PORT
 
-# Not torchrun, measured with torch 2.13: it ends with 1 and a traceback when its processes end with 75, and leaves the others 30 s from the
-# first one's end or from a signal, which may cut a save short.
-pids=()
-lines() { trap '' INT TERM; exec sed -u "$1"; } # Ctrl-C ends the stage, not what reads its last words
-tell() { kill "-$1" "${pids[@]}" 2>/dev/null || true; }
-stop=''
-trap 'stop=TERM; tell TERM' TERM
-trap '${stop:+tell KILL}; stop=TERM; tell TERM' INT # a second Ctrl-C does not wait for the save
-for ((rank = 0; rank < gpus; rank++)); do
-  export RANK=$rank LOCAL_RANK=$rank
-  if [ "$rank" -eq 0 ]; then
-    "${command[@]}" &
-  else # only the first draws progress bars. The others' lines come whole, and their errors say whose they are.
-    TQDM_DISABLE=1 "${command[@]}" > >(lines '') 2> >(lines "s/^/[rank $rank] /" >&2) &
+# torchrun ends with 1 and a traceback where a process ends with 75, and gives the others 30 s from then or from a signal, which may cut a
+# save short. So it is not told of either: signals go to the processes themselves, and 75 is noted here and ends well for torchrun.
+notes=$(mktemp -d)
+trap 'rm -r "$notes"' EXIT
+# shellcheck disable=SC2329 # one_rank calls it
+lines() { trap '' INT TERM; exec sed -u "$1"; } # a signal ends the stage, not what reads its last words
+# shellcheck disable=SC2329 # bash -c calls it
+one_rank() { # NOTES COMMAND...: what torchrun starts for each GPU, in a process group of its own
+  local notes=$1 code=0
+  shift
+  trap : INT TERM
+  if [ "$RANK" -gt 0 ]; then # only the first draws progress bars. The others' lines come whole, and their errors say whose they are.
+    export TQDM_DISABLE=1
+    exec > >(lines '') 2> >(lines "s/^/[rank $RANK] /" >&2)
   fi
-  pids+=($!)
-  [ -z "$stop" ] || kill -TERM $! 2>/dev/null || true # the signal came while it was started
-done
-
-# One that fails ends the run, since the others wait for it: they are told to end, and have 15 s to say whom they miss. Those that have saved
-# wait for the rest. Looked at once a second: `wait -n` of bash 5.2 forgets some that end together, and may sleep through a signal.
-code=0 deadline=''
-while [ ${#pids[@]} -gt 0 ]; do
+  echo $$ >"$notes/pid.$RANK"
+  "$@" || code=$?
+  echo "$code" >"$notes/code.$RANK"
+  [ "$code" -eq 75 ] || exit "$code"
+}
+export -f lines one_rank
+tell() { # SIGNAL: fails where no process has started yet
+  local file told=1
+  for file in "$notes"/pid.*; do
+    ! kill "-$1" -- "-$(cat "$file")" || told=0
+  done 2>/dev/null
+  return "$told"
+}
+signal='' # still to be told
+trap 'signal=TERM' TERM
+trap 'signal=TERM; trap "signal=KILL" INT' INT # a second Ctrl-C does not wait for the save
+setsid "${launcher[@]}" --no-python bash -c 'one_rank "$@"' one_rank "$notes" "${command[@]}" & # in a session where Ctrl-C does not reach it
+launched=$! code=0
+while kill -0 "$launched" 2>/dev/null; do # a signal would end `wait`, and one that comes as it begins could be slept through
+  [ -z "$signal" ] || ! tell "$signal" || signal=''
   sleep 1 || true # Ctrl-C ends it too
-  failed=0
-  for i in "${!pids[@]}"; do
-    ! kill -0 "${pids[i]}" 2>/dev/null || continue
-    status=0
-    wait "${pids[i]}" || status=$?
-    unset "pids[i]"
-    case $status in
-      0) ;;
-      75) [ "$code" -ne 0 ] || code=75 ;;
-      *)
-        [ -n "$deadline" ] || echo "error: rank $i ended with $status; the others are told to end" >&2
-        [ "$status" -le "$failed" ] || failed=$status
-        ;;
-    esac
-  done
-  if [ "$failed" -ne 0 ] && [ -z "$deadline" ]; then # what ends after this was told to
-    code=$failed deadline=$((SECONDS + 15))
-    tell TERM
-  fi
-  [ -z "$deadline" ] || [ "$SECONDS" -lt "$deadline" ] || tell KILL
 done
+wait "$launched" || code=$?
+
+if [ "$code" -eq 0 ]; then
+  ! grep -qx 75 "$notes"/code.* || code=75
+  exit "$code"
+fi
+# The stage's code is that of the first to fail; those after it were told to end.
+while read -r file; do
+  read -r ended <"$file"
+  case $ended in
+    0 | 75) ;;
+    *) echo "error: rank ${file##*.} ended first, with $ended" >&2; exit "$ended" ;;
+  esac
+done < <(find "$notes" -name 'code.*' -printf '%T@ %p\n' | sort -n | cut -d ' ' -f 2-)
 exit "$code"

@@ -410,23 +410,24 @@ def node(cluster: Cluster, *words: object, **changes: str) -> subprocess.Popen:
     return cluster.bash("examples/train_node.sh", *words, env=cluster.env(**{"STUB_CHECK": "0"} | changes))
 
 
-@pytest.mark.parametrize(("codes", "code"), [("0 0 0", 0), ("75 75 75", 75), ("0 75 0", 75), ("1 1 1", 1)])
+@pytest.mark.parametrize(("codes", "code"), [("0 0 0", 0), ("75 75 75", 75), ("0 75 0", 75), ("1 1 1", 1), ("75 9", 9)])
 def test_a_nodes_code_is_its_processes_own(acted, codes, code):
-    ended, said = finish(node(acted, "kd", "tiny_kd", "--gpus", "3", STUB_CODES=codes))
+    ended, said = finish(node(acted, "kd", "tiny_kd", "--gpus", len(codes.split()), STUB_CODES=codes))
     assert ended == code, said
+    assert ("Traceback" in said) == (code not in (0, 75)), said
 
 
 def test_one_that_fails_ends_the_others_which_may_still_speak(acted):
     code, said = finish(node(acted, "kd", "tiny_kd", "--gpus", "2", STUB_CODES="wait 3", STUB_SAVES="0.1"))
     assert code == 3, said
-    assert "error: rank 1 ended with 3; the others are told to end" in said and "rank 0 ended" not in said
+    assert "error: rank 1 ended first, with 3" in said and "rank 0 ended" not in said
     assert (acted.folder / "saved0").exists()
 
 
 def test_one_that_fails_ends_the_others_also_where_they_do_not_listen(acted):
-    acted.hurry("SECONDS=$((SECONDS + 2));")
+    told = {"STUB_SAVES": "150", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}
     began = time.monotonic()
-    code, said = finish(node(acted, "kd", "tiny_kd", "--gpus", "2", STUB_CODES="wait 3", STUB_SAVES="150"))
+    code, said = finish(node(acted, "kd", "tiny_kd", "--gpus", "2", STUB_CODES="wait 3", **told))
     assert code == 3, said
     assert time.monotonic() - began < 100
 
@@ -452,6 +453,16 @@ def test_a_signal_to_a_node_lets_every_process_save(acted, number):
     code, said = finish(process)
     assert code == 75, said
     assert all((acted.folder / f"saved{rank}").exists() for rank in range(2))
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_save(acted):
+    process = node(acted, "kd", "tiny_kd", "--gpus", "2", STUB_CODES="wait wait", STUB_SAVES="150")
+    acted.wait_for("stage0", "stage1")
+    began = time.monotonic()
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+    assert process.returncode not in (0, 75) and time.monotonic() - began < 100
 
 
 @pytest.mark.parametrize(
@@ -529,6 +540,23 @@ def test_a_dmd2_job_trains_all_roles_over_its_ranks(cluster, world):
     entries = list(lines(world.root / "job_dmd2" / "log.jsonl"))
     assert [sorted(entry["grad_norms"]) for _, entry in entries] == [["student"], ["discriminator", "fake_score"]], entries
     assert latest(world.root / "job_dmd2").name == "iter_00000002" and cluster.requeued() == []
+
+
+def test_a_signalled_node_saves_and_goes_on(cluster, world):
+    words = ["kd", *world.words("kd", "node_kd", "--parallel.tp", 2, "--train.iterations", 100_000), "--gpus", "2"]
+    run = world.root / "node_kd"
+    process = cluster.bash("examples/train_node.sh", *words, env=cluster.env())
+    wait_until(lambda: process.poll() is not None or ((run / "log.jsonl").exists() and (run / "log.jsonl").read_text() != ""))
+    process.send_signal(signal.SIGTERM)
+    code, said = finish(process)
+    assert code == 75 and "Traceback" not in said, said
+    done = len(list(lines(run / "log.jsonl")))
+    assert latest(run).name == f"iter_{done:08d}"
+
+    words[words.index("100000")] = str(done + 2)
+    code, said = finish(cluster.bash("examples/train_node.sh", *words, env=cluster.env()))
+    assert code == 0, said
+    assert latest(run).name == f"iter_{done + 2:08d}"
 
 
 def test_two_processes_of_a_node_share_the_pairs(cluster, world):
