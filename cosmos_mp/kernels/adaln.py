@@ -43,6 +43,8 @@ def adaln_torch(h_SBD: Tensor, added: Tensor, shift_BD: Tensor, scale_BD: Tensor
 
 def modulate(h_SBD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """LayerNorm without affine, then * (1 + scale) + shift."""
+    if h_SBD.shape[1] == 1:  # one sample's are the norm's own weight and bias: a pass less each way, and what the norm gave is not kept
+        return F.layer_norm(h_SBD, h_SBD.shape[-1:], 1 + scale_BD[0], shift_BD[0], EPS)
     return torch.addcmul(shift_BD, F.layer_norm(h_SBD, h_SBD.shape[-1:], eps=EPS), 1 + scale_BD)
 
 

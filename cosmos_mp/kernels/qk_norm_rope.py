@@ -45,8 +45,35 @@ def qk_norm_rope(x_SBHD: Tensor, weight_D: Tensor, cos: Tensor | None = None, si
 
 def qk_norm_rope_torch(x_SBHD: Tensor, weight_D: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
     """`qk_norm_rope` by torch's own operators."""
-    x = F.rms_norm(x_SBHD, x_SBHD.shape[-1:], weight_D, EPS)
+    x = F.rms_norm(x_SBHD, x_SBHD.shape[-1:], weight_D, EPS) if x_SBHD.is_cuda else _RMSNorm.apply(x_SBHD, weight_D)
     return x if cos is None else rotate(x, cos, sin)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """F.rms_norm that keeps x alone. Torch's own does so on a GPU; on a CPU it is a chain of operators that keeps the normalised x too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return (_normalised(x)[0] * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, du: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        normalised, rstd = _normalised(x)
+        du = du.to(normalised.dtype)
+        along = du * normalised
+        mean = (along * weight).mean(dim=-1, keepdim=True)
+        dx = torch.addcmul(du * weight, normalised, mean, value=-1) * rstd
+        dweight = along.flatten(0, -2).sum(dim=0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return dx.to(x.dtype), dweight
+
+
+def _normalised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x over its root mean square, and one over that."""
+    x = x.to(accumulator(x))
+    rstd = (x.square().mean(dim=-1, keepdim=True) + EPS).rsqrt()
+    return x * rstd, rstd
 
 
 def rotate(x_SBHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

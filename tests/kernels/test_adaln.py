@@ -11,7 +11,7 @@ from cosmos_mp.kernels import using
 from cosmos_mp.kernels.adaln import PROGRAMS, adaln, adaln_torch, modulate
 
 SIZES = [(5, 2, 96), (1, 1, 1), (7, 1, 33), (3, 4, 8), (13, 3, 127), (2 * PROGRAMS + 9, 1, 1100)]
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -34,8 +34,9 @@ def largest_error(got: Tensor, expected: Tensor) -> float:
     return ((got.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-3)).item()
 
 
-def test_modulate_is_layer_norm_times_one_plus_scale_plus_shift():
-    h, shift, scale = draw(5, 2, 8), draw(2, 8, seed=1), draw(2, 8, seed=2)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_modulate_is_layer_norm_times_one_plus_scale_plus_shift(batch):
+    h, shift, scale = draw(5, batch, 8), draw(batch, 8, seed=1), draw(batch, 8, seed=2)
     x = h.numpy()
     normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(modulate(h, shift, scale), normed * (1 + scale.numpy()) + shift.numpy(), atol=1e-12)
