@@ -1,6 +1,7 @@
 """Package metadata, and the compilation of csrc/; tool settings live in pyproject.toml."""
 
 import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -28,7 +29,9 @@ class BuildLibraries(build_ext):
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
         # Hopper and Blackwell, and for later ones what the driver can compile. The CUDA runtime inside is not to be mixed with torch's.
-        targets = [f"-gencode=arch=compute_{a},code={b}" for a, b in ((90, "sm_90"), (100, "sm_100"), (90, "compute_90"))]
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()  # before CUDA 12.8 no Blackwell
+        codes = [("compute_90", "sm_90"), ("compute_90", "compute_90"), *([("compute_100", "sm_100")] if "sm_100" in known else [])]
+        targets = [f"-gencode=arch={arch},code={code}" for arch, code in codes]
         options = ["-O3", "-std=c++17", "-shared", "-Xcompiler=-fPIC", "-Xlinker=--exclude-libs,ALL", *targets]
         self.spawn([nvcc, *options, "-o", str(library), *ext.sources])
 

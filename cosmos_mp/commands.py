@@ -258,9 +258,9 @@ def verify(words: list[str]) -> int:
 
 
 def bench(words: list[str]) -> None:
-    """Measure: `cpu` beside other libraries, `fp8` accuracy, `parallel` layouts on processes, `static` compiled kernels."""
+    """Measure: `cpu` beside other libraries, `fp8` accuracy, `gpu` kernels, `parallel` layouts on processes, `static` compiled kernels."""
 
-    def _measured(measure: Callable[[], dict[str, Any]], json: Path | None) -> None:
+    def _measured(measure: Callable[[], dict[str, Any]], json: Path | None) -> dict[str, Any]:
         from cosmos_mp.files import write_json
 
         if json is not None:  # before the minutes that it takes
@@ -268,6 +268,7 @@ def bench(words: list[str]) -> None:
         found = measure()
         if json is not None:
             write_json(json, found)
+        return found
 
     def _parallel(json: Path | None = None, fast: bool = False) -> None:
         """FLOPs, time, memory and bytes sent, printed as tables.
@@ -312,7 +313,21 @@ def bench(words: list[str]) -> None:
 
         _measured(lambda: bench_fp8(fast), json)
 
-    known = {"cpu": _cpu, "fp8": _fp8, "parallel": _parallel, "static": _static}
+    def _gpu(json: Path | None = None, fast: bool = False) -> None:
+        """Kernels and one block on a GPU beside eager and compiled torch, printed as a table. Not run on a GPU yet.
+
+        Args:
+            json: file to write the numbers to; also where something was wrong, which ends with status 1.
+            fast: each time measured for a fifth as long.
+        """
+        from cosmos_mp.bench.gpu import bench_gpu, check_gpu
+
+        check_gpu()  # before a file's folder is made
+        found = _measured(lambda: bench_gpu(fast), json)
+        if found["mistakes"]:
+            raise ValueError(f"wrong on this GPU: {'; '.join(found['mistakes'])}")
+
+    known = {"cpu": _cpu, "fp8": _fp8, "gpu": _gpu, "parallel": _parallel, "static": _static}
     if not words:
         raise ConfigError(f"bench what? known: {', '.join(known)}")
     commands = {name: partial(_call, function, name=f"bench {name}") for name, function in known.items()}

@@ -326,7 +326,7 @@ class ProfileConfig:
     stop: int = 15
     """The one after its last."""
     ranks: tuple[int, ...] = (0,)
-    """Which processes are profiled."""
+    """Which processes are profiled. The first one's seconds per pass go into the log too."""
 
     @property
     def on(self) -> bool:

@@ -6,11 +6,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import Tensor
 
 from cosmos_mp import kernels
 from cosmos_mp.cli import stage
 from cosmos_mp.config import KDRun
 from cosmos_mp.kernels import KernelError, fused, use, using
+from cosmos_mp.kernels.adaln import adaln
+from cosmos_mp.kernels.dmd2_loss import Outputs, dmd2_loss
+from cosmos_mp.kernels.gan_head import gan_loss, head_logits
+from cosmos_mp.kernels.qk_norm_rope import qk_norm_rope
 from cosmos_mp.verify import verify
 
 
@@ -82,3 +87,35 @@ def test_golden_cases_hold_with_triton_too(golden, tmp_path, monkeypatch, capsys
         assert verify(tmp_path, torch.float32), capsys.readouterr().out
     network = {"adaln", "qk_norm_rope"}
     assert set(launched) == {"forward": network, "one_step": network, "ops": {"dmd2_loss"}}.get(case, network | {"dmd2_loss", "gan_head"})
+
+
+# --- Second derivatives: silently wrong if a backward pass of Triton were differentiated ---
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def score_difference(y: Tensor) -> Tensor:
+    xt, *outputs = draw(4, *y.shape)
+    return dmd2_loss(y, xt, Outputs(*outputs), torch.ones(1), torch.ones(1), 5.0, lambda error_BT: error_BT)[0]
+
+
+CALLS = {
+    "adaln": ((3, 2, 4), lambda h: adaln(h, draw(3, 2, 4), *draw(3, 2, 4))[1]),
+    "dmd2_loss": ((1, 2, 1, 3, 4), score_difference),
+    "head_logits": ((1, 8, 1, 2, 3), lambda x: head_logits(x, *draw(3, 8), draw(1))),
+    "gan_loss": ((4,), lambda logits: gan_loss(logits, 2)),
+    "qk_norm_rope": ((3, 1, 2, 4), lambda x: qk_norm_rope(x, draw(4))),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_second_derivative_is_refused(name):
+    size, call = CALLS[name]
+    x = draw(*size).requires_grad_()
+    with using("triton"):
+        (gradient,) = torch.autograd.grad(call(x).pow(2).sum(), x, create_graph=True)
+    assert gradient.abs().max() > 0
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()

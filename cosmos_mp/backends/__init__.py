@@ -27,8 +27,11 @@ class Backend(Protocol):
         """Bias-free linear layer whose inputs are split; (..., inputs / tp) -> (..., outputs), summed over the ranks."""
         ...
 
-    def head_norm(self, size: int, eps: float) -> nn.Module:
-        """Root-mean-square norm of every head of x (S, B, H, size), then the turn of a rotation where one is given: `norm(x, rotation)`."""
+    def head_norm(self, size: int) -> nn.Module:
+        """Root-mean-square norm of every head of x (S, B, H, size), then the turn of a rotation where one is given: `norm(x, rotation)`.
+
+        Under its root it adds EPS of `kernels.qk_norm_rope`.
+        """
         ...
 
     def attention(self) -> AttentionCore:
@@ -37,7 +40,10 @@ class Backend(Protocol):
 
 
 def weights_changed(network: nn.Module) -> None:
-    """Let layers that keep a quantised copy of their weights make it anew; after every step and load, or they compute with old ones."""
+    """Let layers that keep a quantised copy of their weights make it anew; after every step and load, or they compute with old ones.
+
+    Transformer Engine (2.16 to 2.20) keeps no copy for layers under FSDP2, so this matters where networks are not sharded by it.
+    """
     for module in network.modules():
         if hasattr(module, "is_first_microbatch"):
             module.is_first_microbatch = True

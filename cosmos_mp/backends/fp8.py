@@ -65,13 +65,15 @@ def quantise(x_MN: Tensor, kind: torch.dtype, tile: Tile | None) -> Tensor:
 
     A block is multiplied by largest value of the type / its largest value, rounded, and divided again. With tiles that factor is rounded
     down to a power of two, as Transformer Engine does it by default. At the edges of a matrix, blocks are what is left of them; hardware
-    wants multiples of 16, or of 128 for blocks.
+    wants multiples of 16, or of 128 for blocks. A matrix without values stays as it is.
 
     Args:
         kind: E4M3 or E5M2. What lies beyond its range becomes its largest value; NaN stays.
         tile: None = one scale for all.
     """
     x = x_MN.float()
+    if not x.numel():
+        return x
     if tile is None:
         return _round(x, _scale(x.abs().amax(), kind), kind)
     (rows, columns), (a, b) = x.shape, tile

@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor, nn
 
 from cosmos_mp.backends import AttentionCore
-from cosmos_mp.kernels.qk_norm_rope import qk_norm_rope
+from cosmos_mp.kernels.qk_norm_rope import EPS, qk_norm_rope
 
 
 class _Column(ColumnParallelLinear):
@@ -48,8 +48,8 @@ class LocalBackend:
     def row_linear(self, inputs: int, outputs: int) -> nn.Module:
         return _Row(inputs, outputs, bias=False, input_is_parallel=True, skip_bias_add=True, **self._common())
 
-    def head_norm(self, size: int, eps: float) -> nn.Module:
-        return _HeadNorm(size, eps=eps)
+    def head_norm(self, size: int) -> nn.Module:
+        return _HeadNorm(size, eps=EPS)
 
     def attention(self) -> AttentionCore:
         return attend

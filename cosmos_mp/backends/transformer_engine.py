@@ -29,7 +29,7 @@ from transformer_engine.pytorch.attention.dot_product_attention import dot_produ
 from cosmos_mp.backends.fp8 import EXCEPT
 from cosmos_mp.config import ConfigError, FP8Recipe, NetConfig
 from cosmos_mp.kernels import fused
-from cosmos_mp.kernels.qk_norm_rope import qk_norm_rope, rotate
+from cosmos_mp.kernels.qk_norm_rope import EPS, qk_norm_rope, rotate
 
 RECIPES = {
     "current": (recipes.Float8CurrentScaling, te.is_fp8_available),
@@ -123,8 +123,8 @@ class TransformerEngineBackend:
     def row_linear(self, inputs: int, outputs: int) -> nn.Module:
         return _Row(inputs, outputs, input_is_parallel=True, **self._common())
 
-    def head_norm(self, size: int, eps: float) -> nn.Module:
-        return _HeadNorm(size, eps=eps, params_dtype=torch.float32, device="meta")
+    def head_norm(self, size: int) -> nn.Module:
+        return _HeadNorm(size, eps=EPS, params_dtype=torch.float32, device="meta")
 
     def attention(self) -> nn.Module:
         groups = ProcessGroupCollection(tp=self.tp_group, cp=None)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cosmos_mp.kernels import fused
 from cosmos_mp.kernels.language import TYPES, Shipped, accumulator, blocks, jit, power_of_two, tl
@@ -30,7 +31,16 @@ def adaln(h_SBD: Tensor, added: Tensor, shift_BD: Tensor, scale_BD: Tensor, gate
 
     Returns:
         r and x, (S, B, D).
+
+    Raises:
+        ValueError: a shape is another one; nothing is broadcast but the position.
     """
+    rows = (shift_BD, scale_BD) if gate_BD is None else (shift_BD, scale_BD, gate_BD)
+    length, batch, width = h_SBD.shape
+    expected = [(length, 1 if gate_BD is None else batch, width)] + [(batch, width)] * len(rows)
+    shapes = [tuple(values.shape) for values in (added, *rows)]
+    if shapes != expected:
+        raise ValueError(f"beside h {tuple(h_SBD.shape)}, what is added, shift, scale and any gate must be {expected}, not {shapes}")
     run = _AdaLN.apply if fused(h_SBD) else adaln_torch
     return run(h_SBD, added, shift_BD, scale_BD, gate_BD)
 
@@ -67,6 +77,7 @@ class _AdaLN(torch.autograd.Function):
         return r, x
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dr: Tensor, dx: Tensor):
         r, added, scale, gate, mean, rstd = ctx.saved_tensors
         length, batch, width = r.shape

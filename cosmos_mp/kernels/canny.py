@@ -116,7 +116,7 @@ def _per_frame(name: str, threshold: int | Tensor, frames: Tensor) -> Tensor:
 
 
 @functools.cache
-def _compiled(device: str) -> Callable[..., int] | None:
+def library(device: str) -> Callable[..., int] | None:
     """The function of libcanny_<device>.so, or None where it was not built."""
     # Beside this file, or else in any other installation of the package that Python sees: where a checkout's package hides the one of a
     # container image, through PYTHONPATH, the image's library is the compiled one.
@@ -133,7 +133,7 @@ def _compiled(device: str) -> Callable[..., int] | None:
 @torch.library.custom_op("cosmos_mp::canny", mutates_args=(), device_types="cpu")
 def _canny(frames: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Operator behind `canny`: low and high are int32 (F,)."""
-    function = _compiled("cpu")
+    function = library("cpu")
     if function is None:
         return canny_torch(frames, low, high)
     frames, low, high = _checked(frames, low, high)
@@ -148,7 +148,7 @@ def _canny(frames: Tensor, low: Tensor, high: Tensor) -> Tensor:
 @_canny.register_kernel("cuda")
 def _(frames: Tensor, low: Tensor, high: Tensor) -> Tensor:
     _check_frames(frames)
-    function = _compiled("cuda")
+    function = library("cuda")
     _, height, width, _ = frames.shape
     if function is None or height * width >= 1 << 31:  # pixels have 32-bit numbers
         return canny_torch(frames, low, high)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cosmos_mp.kernels import fused
 from cosmos_mp.kernels.language import TYPES, Shipped, accumulator, blocks, jit, power_of_two, tl
@@ -111,7 +112,7 @@ def _dmd2_loss_triton(
     batch, channels, frames, height, width = y.shape
     size, acc = height * width, accumulator(y)
     rows, columns = batch * channels * frames, blocks(size, BLOCK)
-    made = torch.ones(batch, frames, dtype=acc, device=y.device) if given_BT is None else 1 - given_BT.to(acc)
+    made = torch.ones(batch, frames, dtype=acc, device=y.device) if given_BT is None else (1 - given_BT.to(acc)).contiguous()
     c_skip, c_out = (factor.to(acc)[:, None] * made for factor in (c_skip_B, c_out_B))
     conditional, unconditional, fake = (F if F is None else F.contiguous() for F in outputs)
     difference = torch.empty(y.shape, dtype=acc, device=y.device)
@@ -135,6 +136,7 @@ class _WithGradient(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss: Tensor):
         difference, factor = ctx.saved_tensors
         batch, channels, frames, height, width = difference.shape

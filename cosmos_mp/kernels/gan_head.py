@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cosmos_mp.kernels import fused
 from cosmos_mp.kernels.language import TYPES, Shipped, accumulator, blocks, jit, power_of_two, tl
@@ -141,6 +142,7 @@ class _HeadLogits(torch.autograd.Function):
         return groups[:, 2].sum(dim=1) / held[:, 0] + out_bias
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dlogits: Tensor):
         x, weight, bias, out_weight, mean, variance, held, sums, groups = ctx.saved_tensors
         dlogits = dlogits if ctx.across is None else ctx.across(dlogits)
@@ -283,6 +285,7 @@ class _GanLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss: Tensor):
         (logits,) = ctx.saved_tensors
         gradient, size = torch.empty_like(logits), logits.numel()
@@ -299,7 +302,7 @@ def _signed(logits_ptr, fakes, size, BLOCK: tl.constexpr, ACC: tl.constexpr):
     sign = tl.where(fake, tl.full([], 1.0, ACC), tl.full([], -1.0, ACC))
     share = tl.where(inside, 1.0 / tl.where(fake, fakes, tl.maximum(size - fakes, 1)).to(ACC), 0.0)
     z = sign * tl.load(logits_ptr + place, inside, other=0.0).to(ACC)
-    return place, inside, sign, share, z, tl.exp(tl.minimum(z, 20.0))
+    return place, inside, sign, share, z, tl.exp(tl.minimum(z, 20.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @jit
@@ -321,8 +324,8 @@ def _loss_gradient(logits_ptr, dloss_ptr, gradient_ptr, fakes, size, BLOCK: tl.c
 def shipped() -> list[Shipped]:
     """The launches of one rank of CP8 in bfloat16: one output frame (320, 22, 40) of a fake and a real sample, channels last.
 
-    Trips are means over the programs: what a mask leaves out of the last one is not moved. The two launches of `gan_loss`, which move some
-    tens of bytes, are not listed.
+    Trips are means over the programs: what a mask leaves out of the last one is not moved. The two launches of `gan_loss`, which work on
+    a handful of logits, are not listed.
     """
     batch, channels, positions = 2, 320, 22 * 40
     n = batch * channels * positions * 2

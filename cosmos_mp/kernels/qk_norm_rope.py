@@ -16,6 +16,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cosmos_mp.kernels import fused
 from cosmos_mp.kernels.language import TYPES, Shipped, accumulator, blocks, jit, power_of_two, tl
@@ -101,6 +102,7 @@ class _QKNormRope(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout: Tensor):
         x, weight, cos, sin = ctx.saved_tensors
         length, batch, _, width = x.shape

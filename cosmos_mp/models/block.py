@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cosmos_mp.backends import Backend
 from cosmos_mp.config import NetConfig
 from cosmos_mp.kernels.adaln import adaln
-from cosmos_mp.models.embeddings import EPS, Rotation
+from cosmos_mp.models.embeddings import Rotation
 
 
 class Modulated(NamedTuple):
@@ -48,8 +48,8 @@ class Attention(nn.Module):
         self.k = backend.column_linear(context_dim, net.hidden)
         self.v = backend.column_linear(context_dim, net.hidden)
         self.out = backend.row_linear(net.hidden, net.hidden)
-        self.q_norm = backend.head_norm(net.head_dim, EPS)
-        self.k_norm = backend.head_norm(net.head_dim, EPS)
+        self.q_norm = backend.head_norm(net.head_dim)
+        self.k_norm = backend.head_norm(net.head_dim)
 
     def forward(self, x_SBD: Tensor, context_LBD: Tensor, rotation: Rotation | None = None) -> Tensor:
         """Attend from x to the context; a rotation turns both where one is given."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,14 +14,17 @@ class EMA:
 
     The decay of update n (0-based) is min(decay, (1 + n) / (10 + n)), so that the start is forgotten quickly.
 
+    Args:
+        written: called when the parameters' values have been replaced.
+
     Raises:
         ValueError: `decay` outside (0, 1).
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], decay: float):
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float, written: Callable[[], None] = lambda: None):
         if not 0 < decay < 1:
             raise ValueError(f"ema.decay={decay} must lie between 0 and 1, as 0.9999; 0 keeps no average")
-        self.parameters, self.decay, self.updates = parameters, decay, 0
+        self.parameters, self.decay, self.updates, self._written = parameters, decay, 0, written
         self.averages: dict[str, Tensor] = {
             name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for name, p in parameters.items()
         }
@@ -49,3 +52,4 @@ class EMA:
     def _write(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
+        self._written()

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -339,7 +340,7 @@ def _start(
     networks = {role: Pieces(method.networks[role], topology) for role in optim}
     parameters = {role: {name: piece.parameter for name, piece in pieces.items()} for role, pieces in networks.items()}
     optimizers = {role: build_optimizer(own.values(), optim[role]) for role, own in parameters.items()}
-    average = EMA(parameters[ema_role], ema.decay) if ema.decay > 0 else None
+    average = EMA(parameters[ema_role], ema.decay, partial(weights_changed, method.networks[ema_role])) if ema.decay > 0 else None
     state = State(networks, optimizers, average, ema_role, run_dir, config.iterations)
     newest = checkpoint.latest(run_dir, topology)
     if newest is not None:

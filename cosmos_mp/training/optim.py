@@ -45,12 +45,14 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
             raise ValueError(f"optimizer option {name}={getattr(config, name)} must be {wanted}")
     parameters = list(parameters)
     options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    fused_adam = apex_fused_adam() if all(map(_apex_takes, parameters)) else None
+    # Of a role with fewer rows than ranks some hold nothing, and apex takes no empty list.
+    some = [p for p in parameters if p.numel()]
+    fused_adam = apex_fused_adam() if some and all(map(_apex_takes, parameters)) else None
     if fused_adam is None:
         optimizer = torch.optim.AdamW(parameters, fused=True, **options)
     else:
         # Left to itself, apex never launches its last kernel where the last tensor is empty, as a rank's piece may be.
-        optimizer = fused_adam([p for p in parameters if p.numel()], adam_w_mode=True, **options)
+        optimizer = fused_adam(some, adam_w_mode=True, **options)
         optimizer.register_step_pre_hook(_tell_step)
         optimizer.register_step_post_hook(_count_step)
     for parameter in parameters:

@@ -60,21 +60,21 @@ class DotProductAttention(_Module):
         self.given, self.context_parallel = given, None
 
     def set_context_parallel_group(self, cp_group, cp_global_ranks, cp_stream, cp_comm_type="p2p", **_: Any) -> None:
-        self.context_parallel = (cp_group, cp_global_ranks, cp_comm_type)
+        self.context_parallel = (cp_group, cp_global_ranks, cp_stream, cp_comm_type)
 
-    def forward(self, query_layer: Tensor, key_layer: Tensor, value_layer: Tensor, *_: Any, attn_mask_type: str, **__: Any) -> Tensor:
-        assert attn_mask_type == "no_mask"
+    def forward(self, query_layer: Tensor, key_layer: Tensor, value_layer: Tensor, mask: None, **given: Any) -> Tensor:
+        assert mask is None and given == {"attn_mask_type": "no_mask"}, given
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_layer, key_layer, value_layer))
         return F.scaled_dot_product_attention(query, key, value).permute(2, 0, 1, 3).flatten(2)
 
 
 class autocast:
-    """Remembers which regions are open."""
+    """Remembers which regions are open: the recipe of each, a default one where none is given, None where FP8 is off."""
 
     regions: list[Any] = []
 
     def __init__(self, enabled: bool = True, recipe: Any = None, **_: Any):
-        self.recipe = recipe if enabled else None
+        self.recipe = (recipe or Recipe()) if enabled else None
 
     def __enter__(self) -> None:
         self.regions.append(self.recipe)

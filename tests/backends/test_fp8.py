@@ -109,6 +109,13 @@ def test_zeros_the_smallest_and_the_largest_numbers_stay_finite(kind, tile):
             torch.testing.assert_close(found, torch.full((2, 3), amax), rtol=0.13, atol=0)
 
 
+@pytest.mark.parametrize("tile", [None, (1, 128), (128, 1), (128, 128)])
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
+def test_a_matrix_without_values_stays(tile, shape):
+    found = quantise(torch.empty(shape, dtype=torch.bfloat16), E4M3, tile)
+    assert found.shape == shape and found.dtype == torch.float32
+
+
 def test_the_scale_is_the_types_largest_value_over_the_tensors():
     amax = torch.tensor([448.0, 1.0, 3.0, 1e-40, 0.0, torch.inf, torch.nan])
     largest = torch.finfo(torch.float32).max
@@ -149,6 +156,17 @@ def exact(shape: tuple[int, ...], seed: int) -> Tensor:
     x = (1 + 0.75 * torch.rand(shape, generator=draw)) * (2 * torch.randint(0, 2, shape, generator=draw) - 1)
     x.view(-1)[0] = 1.75
     return x
+
+
+@pytest.mark.parametrize("recipe", OPERANDS)
+def test_a_layer_without_tokens_gives_none_and_no_gradient(recipe):
+    layer = build(lambda: LocalBackend(single_process().tp_group).column_linear(6, 4), "cpu", torch.float32)
+    torch.nn.init.ones_(layer.weight)
+    emulate(layer, recipe)
+    x = torch.empty(0, 2, 6, requires_grad=True)
+    out = layer(x)
+    out.sum().backward()
+    assert out.shape == (0, 2, 4) and x.grad.shape == x.shape and torch.equal(layer.weight.grad, torch.zeros(4, 6))
 
 
 @pytest.mark.parametrize("kind", ["column_linear", "row_linear"])

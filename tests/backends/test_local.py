@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cosmos_mp.backends.local import LocalBackend
+from cosmos_mp.kernels.qk_norm_rope import EPS
 from cosmos_mp.models.weights import build
 from cosmos_mp.parallel.topology import single_process
 
@@ -43,3 +44,12 @@ def test_attention_is_a_softmax_over_all_keys(backend):
         weight = np.exp(query[:, b, h].numpy() @ key[:, b, h].numpy().T / math.sqrt(5))
         expected = weight / weight.sum(axis=1, keepdims=True) @ value[:, b, h].numpy()
         np.testing.assert_allclose(out[:, b, 5 * h : 5 * (h + 1)], expected, atol=1e-13)
+
+
+def test_the_norm_of_heads_has_one_epsilon(backend):
+    norm = build(lambda: backend.head_norm(6), "cpu", torch.float64)
+    torch.nn.init.ones_(norm.weight)
+    x = 1e-3 * torch.randn(4, 2, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # its squares are as small
+    expected = x.numpy() / np.sqrt((x.numpy() ** 2).mean(axis=-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(norm(x).detach(), expected, atol=1e-13)
+    assert norm.eps == EPS == 1e-6

@@ -162,6 +162,28 @@ def test_its_linears_get_the_tensor_parallel_group_and_no_hooks_of_ours(build, s
         assert (trunk.spread(torch.ones(4, 1)).shape[0] == 2) is sequence
 
 
+@pytest.mark.parametrize("sequence", [False, True])
+def test_attention_is_told_of_all_heads_and_of_the_group_that_splits_them_and_drops_nothing(build, tiny_net, sequence):
+    group, net = Group(), tiny_net()
+    cores = [module for module in build(group, sequence_parallel=sequence).modules() if isinstance(module, fake_te.DotProductAttention)]
+    assert len(cores) == 2 * 5
+    expected = {
+        "num_attention_heads": net.heads,
+        "num_gqa_groups": net.heads,
+        "kv_channels": net.head_dim,
+        "attention_dropout": 0.0,
+        "attn_mask_type": "no_mask",
+        "attention_type": "self",
+        "sequence_parallel": sequence,
+        "tp_size": 2,
+        "tp_group": group,
+        "softmax_scale": None,  # 1 / sqrt(kv_channels)
+    }
+    for core in cores:
+        # Neither what divides tokens, which comes later, nor another window, softmax or format.
+        assert {name: value for name, value in core.given.items() if name not in ("layer_number", "get_rng_state_tracker")} == expected
+
+
 @pytest.mark.parametrize(("way", "words"), [("ulysses", "a2a"), ("ring", "p2p"), ("ulysses_ring", "a2a+p2p")])
 def test_self_attention_alone_gets_the_context_parallel_group(te, build, monkeypatch, way, words):
     monkeypatch.setattr(torch.cuda, "Stream", lambda: "a stream")
@@ -174,9 +196,9 @@ def test_self_attention_alone_gets_the_context_parallel_group(te, build, monkeyp
     for trunk in (network.base, network.control):
         assert trunk.part == 2
         for block in trunk.blocks:
-            group, ranks, communication = block.self_attn.attend.context_parallel
+            group, ranks, stream, communication = block.self_attn.attend.context_parallel
             assert group == [inner, outer] if both else group is cp
-            assert (ranks, communication) == ([4, 5, 6, 7], words)
+            assert (ranks, stream, communication) == ([4, 5, 6, 7], "a stream", words)
             assert block.cross_attn.attend.context_parallel is None
     odd = torch.ones(3, 1, 2, 12, dtype=torch.float64)
     with pytest.raises(ConfigError, match=r"halves a rank's tokens, here 3 = .*parallel\.cp.*local"):
@@ -235,13 +257,17 @@ def test_stateless_recipes_leave_attention_alone_and_hold_in_recomputation(te, t
         assert kinds == [None if name.endswith(TEXT) else "Float8CurrentScaling"] * 2, name
 
 
-def test_a_recipe_that_the_gpu_lacks_is_refused_in_its_words(monkeypatch, tiny_net):
-    fake_te.install(monkeypatch, "2.16.0", has={"mxfp8": False})
+@pytest.mark.parametrize(("kind", "recipes"), [("fp8", ["current", "delayed"]), ("fp8_block_scaling", ["block"]), ("mxfp8", ["mxfp8"])])
+def test_a_recipe_that_the_gpu_lacks_is_refused_in_its_words(monkeypatch, kind, recipes):
+    fake_te.install(monkeypatch, "2.16.0", has={kind: False})
     from cosmos_mp.backends import transformer_engine
 
-    with pytest.raises(ConfigError, match=r"backend\.recipe=mxfp8 does not run on this GPU: no mxfp8 here; give another"):
-        transformer_engine.use_fp8(torch.nn.Module(), "mxfp8")
-    transformer_engine.use_fp8(torch.nn.Module(), "block")
+    for recipe in ("current", "delayed", "block", "mxfp8"):
+        if recipe in recipes:
+            with pytest.raises(ConfigError, match=rf"backend\.recipe={recipe} does not run on this GPU: no {kind} here; give another"):
+                transformer_engine.use_fp8(torch.nn.Module(), recipe)
+        else:
+            transformer_engine.use_fp8(torch.nn.Module(), recipe)
 
 
 def test_quantised_weights_are_made_anew_once_after_every_change(build, make_network, make_input):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import cv2
 import pytest
 import torch
 
@@ -55,6 +56,18 @@ def test_rounds_take_turns_after_one_that_warms_up_and_the_median_counts():
     assert order == ["ours", "baseline"] * 4 + ["ours", "baseline"]  # the last two have their memory counted
     assert len(row["ours"]["all_seconds"]) == 3 and row["ratios"]["seconds"] < 1
     assert (row["ours"]["working_bytes"], row["baseline"]["working_bytes"], row["ratios"]["working_bytes"]) == (40, 160, 0.25)
+
+
+def test_both_sides_have_the_threads_that_the_table_names(monkeypatch):
+    seen = []
+
+    def work() -> None:
+        seen.append((torch.get_num_threads(), cv2.getNumThreads()))
+
+    monkeypatch.setattr(cpu, "comparisons", lambda fast: [("one", work, work, 1), ("two", work, work, 2)])
+    found = cpu.bench_cpu(fast=True)
+    assert seen == [(1, 1)] * 6 + [(2, 2)] * 6
+    assert [row["threads"] for row in found["rows"].values()] == [1, 2]
 
 
 def test_both_sides_of_a_loss_give_one_gradient(monkeypatch):

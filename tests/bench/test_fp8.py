@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,6 +67,24 @@ def test_the_teachers_error(found):
     assert all(0 < value < 1 for row in rows.values() for value in row.values())
     # Of a teacher that is hardly trained, what is not rounded counts most: which errs more is chance.
     assert rows["FP8 current"] != rows["FP8 block"] and exact not in (rows["FP8 current"], rows["FP8 block"])
+
+
+def test_the_teachers_error_is_that_at_latents_with_noise_of_the_level(monkeypatch):
+    latents = torch.full((fp8.BATCH, *fp8.DIFFUSION.latent_shape), 2.0)
+    world = SimpleNamespace(teacher={}, holdout=SimpleNamespace(fixed=lambda indices: SimpleNamespace(latent_BCTHW=latents)))
+    wrong = {("float32", None): 0, ("bfloat16", None): 1, ("bfloat16", "current"): 2, ("bfloat16", "block"): 3}
+    monkeypatch.setattr(fp8, "_topology", lambda compute: compute)
+    monkeypatch.setattr(fp8, "_network", lambda weights, *precision: wrong[precision])
+    monkeypatch.setattr(fp8, "condition_of_clips", lambda batch: None)
+
+    def teacher(network, diffusion):
+        """Its eps is what it is given, and wrong by so many noise levels."""
+        return lambda x, sigma, condition: SimpleNamespace(eps=x + network * sigma.view(-1, 1, 1, 1, 1))
+
+    monkeypatch.setattr(fp8, "Denoiser", teacher)
+    for errors, row in zip((1, 2, 3), fp8.teacher_error(world).values(), strict=True):
+        expected = [errors * sigma / (4 + sigma**2) ** 0.5 for sigma in fp8.SIGMAS]
+        assert list(row.values()) == pytest.approx(expected, rel=0.05)
 
 
 def test_students_start_alike_and_part(found):

@@ -1,4 +1,6 @@
-"""The compiled kernels on a GPU against their plain-torch versions in float64, at the 7B's size on one rank of CP8. Not run on a GPU yet.
+"""The compiled kernels on a GPU against their plain-torch versions in float64, at the 7B's size on one rank of CP8, and edges against cv2.
+
+Not run on a GPU yet.
 
 TRITON_INTERPRET=0 python -m pytest tests/gpu
 """
@@ -7,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from cosmos_mp.kernels import using
 from cosmos_mp.kernels.adaln import adaln
-from cosmos_mp.kernels.canny import canny, canny_torch
+from cosmos_mp.kernels.canny import canny, canny_torch, library
 from cosmos_mp.kernels.dmd2_loss import Outputs, dmd2_loss
 from cosmos_mp.kernels.gan_head import gan_loss, head_logits
 from cosmos_mp.kernels.language import triton
@@ -107,3 +110,19 @@ def test_dmd2_loss(outputs_in):
 def test_canny():
     frames = torch.randint(0, 256, (3, 704, 1280, 3), dtype=torch.uint8, device="cuda")
     assert torch.equal(canny(frames, 100, 200).cpu(), canny_torch(frames.cpu(), 100, 200))
+
+
+def test_compiled_canny_finds_cv2s_edges_in_1000_pictures(pictures):
+    """Random, with few levels, flat, ramps, checkers, smooth, thin lines; each frame has thresholds of its own."""
+    if library("cuda") is None:
+        pytest.skip("libcanny_cuda.so is not built: python setup.py build_ext --inplace, with nvcc")
+    count, rng = 0, np.random.default_rng(0)
+    for frames, low, high in pictures.cases(21, repeats=20):
+        lows, highs = (np.clip(value + rng.integers(-60, 60, len(frames)), -1, 2040) for value in (low, high))
+        edges = canny(torch.from_numpy(frames).cuda(), torch.from_numpy(lows), torch.from_numpy(highs)).cpu().numpy()
+        for number in range(len(frames)):
+            pictures.assert_equal(edges[number : number + 1], frames[number : number + 1], int(lows[number]), int(highs[number]))
+        count += len(frames)
+    assert count >= 1000
+    frames = np.concatenate([pictures.draw(kind, rng, 2, 704, 1280, 3) for kind in pictures.KINDS])
+    pictures.assert_equal(canny(torch.from_numpy(frames).cuda(), 60, 150).cpu().numpy(), frames, 60, 150)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from cosmos_mp.kernels import adaln as module
 from cosmos_mp.kernels import using
 from cosmos_mp.kernels.adaln import PROGRAMS, adaln, adaln_torch, modulate
 
@@ -71,16 +74,16 @@ def test_values_and_every_gradient(size, gated, dtype):
         assert not found[2][:, 2 * size[2] :].any()  # there is no gate
 
 
-def test_inputs_need_not_be_contiguous():
-    size = (6, 2, 10)
+def test_inputs_and_gradients_need_not_be_contiguous():
     h, added, parts = draw(2, 6, 10).transpose(0, 1).requires_grad_(), draw(10, 2, 6, seed=1).permute(2, 1, 0).requires_grad_(), draw(2, 30)
     wide = draw(30, 2, seed=2).T.requires_grad_()
+    weights = [draw(2, 6, 10, seed=3).transpose(0, 1), draw(10, 2, 6, seed=4).permute(2, 1, 0)]
     for values in (parts.requires_grad_(), wide):
         expected = run(adaln_torch, h, added, values, True)
-        gradients = torch.autograd.grad(expected, (h, added, values), [draw(*size, seed=3).transpose(0, 1).reshape(size)] * 2)
+        gradients = torch.autograd.grad(expected, (h, added, values), weights)
         with using("triton"):
             got = run(adaln, h, added, values, True)
-            found = torch.autograd.grad(got, (h, added, values), [draw(*size, seed=3).transpose(0, 1).reshape(size)] * 2)
+            found = torch.autograd.grad(got, (h, added, values), weights)
         for a, b in zip((*got, *found), (*expected, *gradients), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
@@ -109,3 +112,32 @@ def test_a_stream_that_nobody_reads_on_has_no_gradient_to_add():
     with using("triton"):
         found = torch.autograd.grad(run(adaln, h, added, parts, True)[1].sin().sum(), (h, added, parts))
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_sums_over_the_tokens_are_of_float32(monkeypatch):
+    """Two programs of one token at a time: the first's sum for shift is 257, which bfloat16 does not have, the other's is -256."""
+    monkeypatch.setattr(module, "PROGRAMS", 2)
+    h, added, parts = inputs((4, 1, 2048), True, torch.bfloat16)
+    dx = torch.tensor([256.0, -256.0, 1.0, 0.0], dtype=torch.bfloat16)[:, None, None].expand(h.shape)
+    with using("triton"):
+        (gradient,) = torch.autograd.grad(run(adaln, h, added, parts, True)[1], parts, dx)
+    assert (gradient[0, :2048] == 1).all()
+
+
+@pytest.mark.parametrize("version", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("added", "shift", "scale", "gate"),
+    [
+        ((3, 2, 4), (1, 4), (2, 4), (2, 4)),
+        ((3, 2, 4), (2, 4), (1, 4), (2, 4)),
+        ((3, 2, 4), (2, 4), (2, 4), (1, 4)),
+        ((3, 2, 4), (2, 1), (2, 4), (2, 4)),
+        ((3, 1, 4), (2, 4), (2, 4), (2, 4)),
+        ((3, 2, 4), (2, 4), (2, 4), None),
+        ((1, 1, 4), (2, 4), (2, 4), None),
+    ],
+)
+def test_shapes_that_would_be_broadcast_are_refused(version, added, shift, scale, gate):
+    shapes = [shape for shape in (added, shift, scale, gate) if shape]
+    with using(version), pytest.raises(ValueError, match=re.escape(f"not {shapes}")):
+        adaln(draw(3, 2, 4), *(draw(*shape) for shape in shapes))

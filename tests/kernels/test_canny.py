@@ -91,16 +91,16 @@ def build(target: Path, *words: str | Path) -> Path:
 def compiled(tmp_path_factory) -> Iterator[bool]:
     """`canny` as it is compiled from csrc/ now, where that can be; else as it is installed. Whether it is compiled."""
     if not CSRC.is_dir() or GXX is None:
-        yield module._compiled("cpu") is not None
+        yield module.library("cpu") is not None
         return
     folder = tmp_path_factory.mktemp("library")
     build(folder / "libcanny_cpu.so", "-O3", "-fopenmp", "-shared", CSRC / "canny.cpp")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "__file__", str(folder / "canny.py"))
-        module._compiled.cache_clear()
-        assert module._compiled("cpu") is not None
+        module.library.cache_clear()
+        assert module.library("cpu") is not None
         yield True
-    module._compiled.cache_clear()
+    module.library.cache_clear()
 
 
 @pytest.fixture
@@ -323,7 +323,7 @@ def test_the_bare_operator_refuses_what_it_would_misread(compiled):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_edges_on_a_gpu_are_cv2s():
-    assert module._compiled("cuda") is not None, "libcanny_cuda.so was not built"
+    assert module.library("cuda") is not None, "libcanny_cuda.so was not built"
     for seed in range(4):
         for frames, low, high in cases(seed, repeats=14):
             assert_equal(canny(torch.from_numpy(frames).cuda(), low, high).cpu().numpy(), frames, low, high)
@@ -346,7 +346,7 @@ def load_from(monkeypatch, package: Path, path: list[str]) -> object:
     with monkeypatch.context() as patch:
         patch.setattr(module, "__file__", str(package / "canny.py"))
         patch.setattr(sys, "path", path)
-        return module._compiled.__wrapped__("cpu")
+        return module.library.__wrapped__("cpu")
 
 
 def test_the_library_of_another_installation_is_found(compiled, monkeypatch, tmp_path):
@@ -493,7 +493,7 @@ from cosmos_mp.kernels import canny
 frames = np.random.default_rng(0).integers(0, 256, (2, 30, 40, 3), dtype=np.uint8)
 edges = canny.canny(torch.from_numpy(frames), 100, 200).numpy()
 assert np.array_equal(edges, np.stack([cv2.Canny(frame, 100, 200) for frame in frames]))
-print(canny.__file__, "compiled" if canny._compiled("cpu") else "torch")
+print(canny.__file__, "compiled" if canny.library("cpu") else "torch")
 """
 
 
@@ -543,3 +543,17 @@ def test_beside_a_torch_with_cuda_the_gpus_library_is_built(tmp_path):
     shutil.rmtree(folder / "build")
     set_up(folder, "build_ext", "--inplace", PYTHONPATH=str(folder))
     assert not (folder / "cosmos_mp" / "kernels" / "libcanny_cuda.so").exists()
+
+
+@needs_sources
+@pytest.mark.parametrize("blackwell", [True, False])
+def test_the_gpus_library_is_for_what_the_compiler_knows(tmp_path, blackwell):
+    folder = checkout(tmp_path.resolve())
+    (folder / "torch.py").write_text("from types import SimpleNamespace\nversion = SimpleNamespace(cuda='12.6')\n")
+    known = "sm_80 sm_90" + " sm_100" * blackwell
+    (folder / "nvcc").write_text(f'#!/bin/sh\nif [ "$1" = --list-gpu-code ]; then echo {known}; else echo "$@" > {folder}/words; fi\n')
+    (folder / "nvcc").chmod(0o755)
+    set_up(folder, "build_ext", "--inplace", PYTHONPATH=str(folder), PATH=f"{folder}:{os.environ['PATH']}")
+    words = (folder / "words").read_text().split()
+    assert "-gencode=arch=compute_90,code=sm_90" in words and "-gencode=arch=compute_90,code=compute_90" in words
+    assert ("-gencode=arch=compute_100,code=sm_100" in words) == blackwell

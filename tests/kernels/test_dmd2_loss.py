@@ -183,7 +183,8 @@ def test_values_and_gradient_in_other_types_and_sizes(shape, guided, dtype, outp
 
 def test_inputs_need_not_be_contiguous():
     y, xt, outputs, sigma = case((2, 3, 4, 5, 6))
-    expected = dmd2_loss_torch(y.requires_grad_(), xt, outputs, *factors(sigma), 5.0, mean_of_clip)[0]
+    given = torch.tensor([[1, 0], [0, 1], [0, 1], [0, 0]], dtype=torch.float64).T
+    expected = dmd2_loss_torch(y.requires_grad_(), xt, outputs, *factors(sigma), 5.0, mean_of_clip, given)[0]
     gradient = torch.autograd.grad(expected, y)[0]
 
     def turned(x: Tensor) -> Tensor:
@@ -191,7 +192,7 @@ def test_inputs_need_not_be_contiguous():
 
     own = turned(y).requires_grad_()
     with using("triton"):
-        loss, _ = dmd2_loss(own, turned(xt), Outputs(*map(turned, outputs)), *factors(sigma), 5.0, mean_of_clip)
+        loss, _ = dmd2_loss(own, turned(xt), Outputs(*map(turned, outputs)), *factors(sigma), 5.0, mean_of_clip, given)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(torch.autograd.grad(loss, own)[0], gradient, rtol=1e-10, atol=1e-15)
 

@@ -300,3 +300,19 @@ def test_a_small_loss_keeps_its_digits():
     with using("triton"):
         got = gan_loss(logits, 0)
     torch.testing.assert_close(got.double(), F.softplus(-logits.double()).mean(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_no_number_and_no_end_are_those_of_torch(dtype, place, value):
+    """Of a fake and of a real logit, beside others."""
+    logits = draw(3, 2).to(dtype)
+    logits.view(-1)[place] = value
+    logits.requires_grad_()
+    expected = gan_loss_torch(logits, 2)
+    (gradient,) = torch.autograd.grad(expected, logits)
+    with using("triton"):
+        got = gan_loss(logits, 2)
+        (found,) = torch.autograd.grad(got, logits)
+    torch.testing.assert_close((got, found), (expected, gradient), equal_nan=True)

@@ -204,3 +204,10 @@ def test_angles_of_the_network_repeat_their_first_half():
     angles = rope_angles(2, 3, 4, 24, fps_B=torch.tensor([24.0, 30.0]), ratio=(1.0, 2.0, 2.0), theta=10000.0, base_fps=24.0)
     for values in rotation(angles):
         assert torch.equal(values[..., :12], values[..., 12:])
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+def test_the_plain_version_may_be_differentiated_twice(rotated):
+    given = [values.double() for values in turn(3, 2, 6)] if rotated else []
+    inputs = draw(3, 2, 2, 6).requires_grad_(), draw(6, seed=2).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x, weight: qk_norm_rope_torch(x, weight, *given), inputs)

@@ -242,7 +242,7 @@ def test_run_folder_keeps_its_config_and_says_which_it_is(tmp_path):
 def test_allowed_changes_are_options_that_exist():
     from cosmos_mp.config import ParallelConfig, ProfileConfig, TrainConfig
 
-    assert {f"profile.{name}" for name in ProfileConfig.__dataclass_fields__} <= checkpoint.MAY_CHANGE
+    assert {f"profile.{name}" for name in ProfileConfig.__dataclass_fields__} | {"kernels"} <= checkpoint.MAY_CHANGE
     for prefix, options in (("train.", TrainConfig), ("parallel.", ParallelConfig), ("profile.", ProfileConfig)):
         names = [name.removeprefix(prefix) for name in checkpoint.MAY_CHANGE if name.startswith(prefix)]
         assert names and all(hasattr(options, name) for name in names)

@@ -193,6 +193,25 @@ def test_layers_are_told_of_new_weights_at_the_start_and_after_every_step_taken(
     assert told == [(-1, role) for role in method.networks] + steps
 
 
+def test_layers_are_told_when_the_average_takes_their_weights_place_and_goes_again(tmp_path, monkeypatch):
+    @dataclass
+    class Shows(Callback):
+        state: State | None = None
+
+        def on_start(self, state: State) -> None:
+            self.state = state
+
+        def on_iteration(self, event: Event) -> None:
+            with self.state.ema.applied():
+                told.append("shown")
+
+    method, told = Toy(), []
+    monkeypatch.setattr(loop, "weights_changed", lambda network: told.append(network))
+    train(tmp_path, Shows(), method=method, iterations=1)
+    student = method.networks["student"]
+    assert told[-3:] == [student, "shown", student]
+
+
 def test_samples_are_consumed_in_order(tmp_path):
     method = Toy()
     train(tmp_path, method=method)

@@ -171,6 +171,15 @@ def test_apex_is_not_taken_for_what_it_cannot_step(monkeypatch):
     assert optim.optimizer_words(torch.device("cuda")) == "apex FusedAdam"
 
 
+def test_a_rank_that_holds_nothing_of_a_role_steps_with_torch(monkeypatch):
+    monkeypatch.setattr(optim, "apex_fused_adam", lambda: FakeApex)
+    monkeypatch.setattr(optim, "_apex_takes", lambda p: True)
+    own = [nn.Parameter(torch.empty(0, 4)), nn.Parameter(torch.empty(0))]
+    optimizer = build_optimizer(own, ADAMW)
+    stepped(optimizer, own, range(2))
+    assert [int(optimizer.state[p]["step"]) for p in own] == [2, 2]
+
+
 def test_parameters_that_have_taken_different_steps_are_refused_by_apex(monkeypatch):
     monkeypatch.setattr(optim, "apex_fused_adam", lambda: FakeApex)
     monkeypatch.setattr(optim, "_apex_takes", lambda p: True)

@@ -246,6 +246,7 @@ def test_the_window_holds_its_iterations_and_no_other(make_network, train, tmp_p
 
 def test_a_window_that_the_runs_end_cuts_is_closed_and_written(make_network, train, tmp_path):
     watching = watched(start=1, stop=9)
+    (tmp_path / "run" / "profile").mkdir(parents=True)  # another rank's, or an earlier start's
     train(KD(make_network(0, torch.float32), DIFFUSION, 0), 3, watching)
     assert watching.notes == ["open before 1", "1", "2", "closed"]
     assert (tmp_path / "run" / "profile" / "trace_rank0.json.gz").is_file()

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# All tests that need a GPU, then the benchmarks, on one card and inside 8 minutes. Not run on a GPU yet.
+#   bash tests/gpu/run.sh [--out DIR]
+# Takes the python at hand, such as a container's, with what the package and its tests need; nothing is installed. What the card lacks is
+# skipped and named (Transformer Engine, nvcc). Video decoding by DALI comes with the real-data pipeline. DIR (runs/gpu) gets gpu.json, the
+# numbers and the tests' outcome, and tests.log. Ends with 1 if a test failed or a kernel computed something else.
+set -euo pipefail
+from=$PWD
+cd "$(dirname "$0")/../.."
+
+usage() { sed -n '2,3s/^# \{0,1\}//p' "$0"; exit 2; }
+out=runs/gpu
+while [ $# -gt 0 ]; do
+  case $1 in
+    --out) [ $# -gt 1 ] || usage; out=$2; case $out in /*) ;; *) out=$from/$out ;; esac; shift ;;
+    *) echo "error: unknown option $1" >&2; usage ;;
+  esac
+  shift
+done
+
+export TRITON_INTERPRET=0 OMP_NUM_THREADS=4 HF_HUB_OFFLINE=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+python=python
+command -v python >/dev/null 2>&1 || python=python3
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+  echo "error: torch sees no GPU: run this where nvidia-smi shows one, with a python whose torch has CUDA first on PATH" >&2
+  exit 1
+fi
+mkdir -p "$out"
+rm -f "$out/gpu.json" "$out/tests.xml" "$out/tests.log"
+began=$SECONDS code=0
+say() { printf '\n== %s (%d s)\n' "$1" $((SECONDS - began)); }
+left() { echo $((470 - SECONDS + began)); } # of 8 minutes, with some seconds to write the results
+
+if command -v nvcc >/dev/null 2>&1 && [ ! -f cosmos_mp/kernels/libcanny_cuda.so ]; then
+  say "building libcanny_cuda.so"
+  timeout 90 "$python" setup.py -q build_ext --inplace || echo "it was not built; what needs it is skipped"
+fi
+
+say tests
+# Each file that has tests marked gpu; the benchmarks get what is left, at least half of the time.
+timeout --signal=INT --kill-after=10 230 "$python" -m pytest -q -m gpu --show-capture=no --tb=short --durations=5 --junitxml "$out/tests.xml" \
+  tests/gpu tests/kernels/test_canny.py tests/backends/test_transformer_engine.py tests/training/test_optim.py 2>&1 |
+  tee "$out/tests.log" || code=1
+
+say benchmarks
+timeout --signal=INT --kill-after=10 "$(left)" "$python" -m cosmos_mp bench gpu --json "$out/gpu.json" || code=1
+
+"$python" - "$out" <<'JOIN' || code=1
+import json
+import sys
+import xml.etree.ElementTree as tree
+from pathlib import Path
+
+out = Path(sys.argv[1])
+file, junit = out / "gpu.json", out / "tests.xml"
+found = json.loads(file.read_text()) if file.is_file() else {}
+tests = {"passed": [], "failed": {}, "skipped": {}}
+for case in tree.parse(junit).iter("testcase") if junit.is_file() else ():
+    name = f"{case.get('classname')}::{case.get('name')}"
+    reasons = {child.tag: (child.get("message") or "").split("\n")[0] for child in case}
+    for tag, kind in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
+        if tag in reasons:
+            tests[kind][name] = reasons[tag]
+            break
+    else:
+        tests["passed"].append(name)
+if not junit.is_file():
+    tests["failed"]["pytest"] = "it was stopped before its end, or did not start: see tests.log"
+file.write_text(json.dumps(found | {"tests": tests}, indent=1))
+print(f"\n{len(tests['passed'])} tests passed, {len(tests['failed'])} failed, {len(tests['skipped'])} skipped", end="")
+for kind in ("failed", "skipped"):
+    for reason in dict.fromkeys(tests[kind].values()):
+        print(f"; {kind}: {reason}", end="")
+print(f"; {file}")
+sys.exit(bool(tests["failed"]))
+JOIN
+say "done"
+exit "$code"
