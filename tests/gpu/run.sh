@@ -39,7 +39,7 @@ fi
 say tests
 # Each file that has tests marked gpu; the benchmarks get what is left, at least half of the time.
 timeout --signal=INT --kill-after=10 230 "$python" -m pytest -q -m gpu --show-capture=no --tb=short --durations=5 --junitxml "$out/tests.xml" \
-  tests/gpu tests/kernels/test_canny.py tests/backends/test_transformer_engine.py tests/training/test_optim.py 2>&1 |
+  tests/gpu tests/backends/test_transformer_engine.py tests/training/test_optim.py 2>&1 |
   tee "$out/tests.log" || code=1
 
 say benchmarks

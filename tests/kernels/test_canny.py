@@ -320,25 +320,6 @@ def test_the_bare_operator_refuses_what_it_would_misread(compiled):
         operator(frames[..., :2], threshold, threshold)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_edges_on_a_gpu_are_cv2s():
-    assert module.library("cuda") is not None, "libcanny_cuda.so was not built"
-    for seed in range(4):
-        for frames, low, high in cases(seed, repeats=14):
-            assert_equal(canny(torch.from_numpy(frames).cuda(), low, high).cpu().numpy(), frames, low, high)
-    rng = np.random.default_rng(0)
-    kinds = ("random", "smooth", "lines", "levels")
-    frames = np.concatenate([draw(kind, rng, 6, 704, 1280, 3) for kind in kinds])  # more than go together
-    assert_equal(canny(torch.from_numpy(frames).cuda(), 100, 200).cpu().numpy(), frames, 100, 200)
-    assert_equal(canny_torch(torch.from_numpy(frames).cuda(), 100, 200).cpu().numpy(), frames, 100, 200)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        edges = canny(torch.from_numpy(frames).cuda(), 20, 50)
-    stream.synchronize()
-    assert_equal(edges.cpu().numpy(), frames, 20, 50)
-
-
 # --- The library is found ---
 
 
