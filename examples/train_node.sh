@@ -73,7 +73,8 @@ tell() { # SIGNAL: fails where no process has started yet
 signal='' # still to be told
 trap 'signal=TERM' TERM
 trap 'signal=TERM; trap "signal=KILL" INT' INT # a second Ctrl-C does not wait for the save
-setsid "${launcher[@]}" --no-python bash -c 'one_rank "$@"' one_rank "$notes" "${command[@]}" & # in a session where Ctrl-C does not reach it
+# In a session of its own, where Ctrl-C does not reach it.
+setsid "${launcher[@]}" --log-dir "$notes" --no-python bash -c 'one_rank "$@"' one_rank "$notes" "${command[@]}" &
 launched=$! code=0
 while kill -0 "$launched" 2>/dev/null; do # a signal would end `wait`, and one that comes as it begins could be slept through
   [ -z "$signal" ] || ! tell "$signal" || signal=''
