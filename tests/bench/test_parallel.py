@@ -23,7 +23,7 @@ def test_a_measurement_that_fails_says_why():
 
 
 def test_bench_without_or_with_a_wrong_name(capsys):
-    with pytest.raises(ConfigError, match="known: cpu, fp8, parallel, static"):
+    with pytest.raises(ConfigError, match="known: cpu, fp8, gpu, parallel, static"):
         commands.bench([])
     with pytest.raises(ConfigError, match="did you mean 'parallel'"):
         commands.bench(["paralel"])

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -575,7 +576,7 @@ def test_a_rank_killed_during_a_save_leaves_the_one_before_and_no_rank_waiting(r
     initialize = _ranks_module().initialize
 
     def rank(rank):
-        initialize(rank, 3, tmp_path, FOREVER)
+        initialize(rank, 3, tmp_path, timedelta(seconds=FOREVER + 10))
         topology = join(ParallelConfig())
         saver = Saver(run_dir, SETTINGS, 1, topology, asynchronous)
         saver.save(2, table_of(topology, 2.0))
