@@ -71,7 +71,7 @@ tell() { # SIGNAL: fails where no process has started yet
   return "$told"
 }
 signal='' # still to be told
-trap 'signal=TERM' TERM
+trap 'signal=TERM' TERM HUP QUIT
 trap 'signal=TERM; trap "signal=KILL" INT' INT # a second Ctrl-C does not wait for the save
 # In a session of its own, where Ctrl-C does not reach it.
 setsid "${launcher[@]}" --log-dir "$notes" --no-python bash -c 'one_rank "$@"' one_rank "$notes" "${command[@]}" &

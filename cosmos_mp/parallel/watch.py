@@ -79,6 +79,14 @@ class Watch:
             return
 
     def _who(self) -> str:
+        """In a thread, since a store whose host has stopped keeps its callers waiting."""
+        found: list[str] = []
+        asking = threading.Thread(target=lambda: found.append(self._asked()), name="asking", daemon=True)
+        asking.start()
+        asking.join(self._patience + PERIOD)
+        return found[0] if found else "the store of the ranks does not answer, and so neither does its host, as a rule rank 0"
+
+    def _asked(self) -> str:
         others = [rank for rank in range(self.world) if rank != self.rank]
         try:
             self._store.set("alarm", "")

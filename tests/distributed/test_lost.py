@@ -7,6 +7,9 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -102,6 +105,41 @@ def test_the_others_end_in_time_and_name_the_rank(start, runs, tmp_path, fate, w
         assert file.stat().st_mtime - lost < LAYOUT.timeout, text
         assert text.startswith("LostRank: rank ") and "in iteration" in text and "start the same command again" in text, text
     assert any(words in text for text in told), told
+
+
+def test_a_stopped_host_of_the_store_is_named_too(tmp_path):
+    """As Slurm starts ranks: rank 0 holds the store, in its own process, which is stopped."""
+    script = """
+import os, signal, sys, torch.distributed as dist
+from cosmos_mp.config import ParallelConfig
+from cosmos_mp.parallel.topology import join
+from cosmos_mp.parallel.watch import Watch
+topology = join(ParallelConfig(timeout=8))
+watch = Watch(topology)
+dist.barrier()
+if topology.rank == 0:
+    os.kill(os.getpid(), signal.SIGSTOP)
+try:
+    with watch.explaining("waiting"):
+        dist.barrier()
+except ConnectionError as error:
+    print(error, flush=True)
+    os._exit(3)
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", script], env=os.environ | place | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        said, _ = ranks[1].communicate(timeout=60)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert ranks[1].returncode == 3 and "store of the ranks does not answer" in said, said
 
 
 def test_a_rank_that_dies_before_the_first_iteration_is_named(start, runs, tmp_path, monkeypatch):

@@ -445,7 +445,7 @@ def test_a_node_starts_a_process_per_gpu_and_says_whose_errors_are_whose(acted):
     assert {"a line of 0", "a line of 1", "error: of 0", "[rank 1] error: of 1"} <= set(printed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_a_node_lets_every_process_save(acted, number):
     process = node(acted, "kd", "tiny_kd", "--gpus", "2", STUB_CODES="wait wait", STUB_SAVES="0.5")
     acted.wait_for("stage0", "stage1")
