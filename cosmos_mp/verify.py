@@ -24,6 +24,7 @@ from cosmos_mp.distill.conditioning import first_frames
 from cosmos_mp.distill.dmd2 import DMD2, Draws
 from cosmos_mp.distill.losses import kd_loss, vsd_weight
 from cosmos_mp.distill.method import StepOutput
+from cosmos_mp.kernels import adaln, qk_norm_rope
 from cosmos_mp.kernels.adaln import modulate
 from cosmos_mp.kernels.dmd2_loss import Outputs, dmd2_loss
 from cosmos_mp.kernels.qk_norm_rope import rotate
@@ -128,7 +129,9 @@ def net_config(config: dict[str, Any], source: str) -> NetConfig:
         "in_channels": net["out_channels"] + 1,
         "head_dim": net["hidden"] // net["heads"],
         "hint_added_after_control_block": 0,
-        **{name: embeddings.EPS for name in ("qk_norm_eps", "layernorm_eps", "affline_norm_eps", "pos_emb_eps")},
+        "qk_norm_eps": qk_norm_rope.EPS,
+        "layernorm_eps": adaln.EPS,
+        **{name: embeddings.EPS for name in ("affline_norm_eps", "pos_emb_eps")},
     }
     for name, value in fixed.items():
         if net.get(name, value) != value:
@@ -278,7 +281,7 @@ def run_ops(case: Case) -> Values:
     return {
         "gelu": F.gelu(io["gelu.x"]),
         "silu": F.silu(io["gelu.x"]),
-        "rmsnorm": F.rms_norm(io["rmsnorm.x"], io["rmsnorm.weight"].shape, io["rmsnorm.weight"], embeddings.EPS),
+        "rmsnorm": F.rms_norm(io["rmsnorm.x"], io["rmsnorm.weight"].shape, io["rmsnorm.weight"], qk_norm_rope.EPS),
         "layernorm_modulate": modulate(
             io["layernorm_modulate.x"].transpose(0, 1), io["layernorm_modulate.shift"], io["layernorm_modulate.scale"]
         ).transpose(0, 1),

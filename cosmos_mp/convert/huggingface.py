@@ -34,7 +34,8 @@ from cosmos_mp.convert.hf_names import UNUSED, ExportError, configs, from_huggin
 from cosmos_mp.convert.nvidia import compact
 from cosmos_mp.diffusion.edm import Condition, Denoiser
 from cosmos_mp.diffusion.samplers import one_step
-from cosmos_mp.models.embeddings import EPS, PATCH
+from cosmos_mp.kernels.qk_norm_rope import EPS
+from cosmos_mp.models.embeddings import PATCH
 from cosmos_mp.models.transfer import TransferNet
 from cosmos_mp.models.weights import build, load_weights, named_weights
 from cosmos_mp.parallel.topology import single_process

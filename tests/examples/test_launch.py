@@ -117,11 +117,8 @@ class Cluster:
         for name, text in {"srun": SRUN, "scontrol": SCONTROL, "scancel": SCANCEL}.items():
             self.command(name, text)
         (self.folder / "image.sqsh").touch()
-        self.hurry("")
-
-    def hurry(self, more: str) -> None:
-        """The scripts look at their processes more often than once a second."""
-        (self.folder / "hurry").write_text(f"sleep() {{ command sleep 0.05; {more} }}")
+        # The scripts look at their processes more often than once a second.
+        (self.folder / "hurry").write_text("sleep() { command sleep 0.05; }")
 
     def command(self, name: str, text: str) -> None:
         path = self.folder / "bin" / name
@@ -425,9 +422,8 @@ def test_one_that_fails_ends_the_others_which_may_still_speak(acted):
 
 
 def test_one_that_fails_ends_the_others_also_where_they_do_not_listen(acted):
-    told = {"STUB_SAVES": "150", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}
     began = time.monotonic()
-    code, said = finish(node(acted, "kd", "tiny_kd", "--gpus", "2", STUB_CODES="wait 3", **told))
+    code, said = finish(node(acted, "kd", "tiny_kd", "--gpus", "2", STUB_CODES="wait 3", STUB_SAVES="150"))
     assert code == 3, said
     assert time.monotonic() - began < 100
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -27,8 +26,7 @@ from cosmos_mp.parallel.context import frame_sums
 from cosmos_mp.parallel.pieces import Pieces
 from cosmos_mp.parallel.topology import Topology
 from cosmos_mp.roles import transfer_net
-from cosmos_mp.training.callbacks import Callback
-from cosmos_mp.training.loop import Event, Saver, fit
+from cosmos_mp.training.loop import Saver, fit
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,17 +40,6 @@ SIZE = Size(
 )
 ITERATIONS = 4
 """Of DMD2, where two in three are the critics': the student's, two of theirs, and the student's again."""
-
-
-@dataclass
-class Terms(Callback):
-    """Loss terms and gradient norms of every iteration."""
-
-    seen: list[dict[str, float]] = field(default_factory=list)
-
-    def on_iteration(self, event: Event) -> None:
-        assert event.skipped is None, event.skipped
-        self.seen.append(event.terms | {f"norm of {role}": norm for role, norm in event.grad_norms.items()})
 
 
 @torch.no_grad()
@@ -86,7 +73,7 @@ def dmd2(topology: Topology) -> Method:
 
 @pytest.mark.parametrize(("make", "decreasing"), [(kd, "kd"), (dmd2, None)], ids=["kd", "dmd2"])
 def test_steps_at_the_7bs_width_are_those_of_plain_torch(
-    make: Callable[[Topology], Method], decreasing: str | None, join_alone, monkeypatch, tmp_path: Path
+    make: Callable[[Topology], Method], decreasing: str | None, join_alone, runs, monkeypatch, tmp_path: Path
 ):
     monkeypatch.setattr(Saver, "save", lambda *_: None)  # tens of gigabytes
     topology = join_alone()
@@ -94,7 +81,7 @@ def test_steps_at_the_7bs_width_are_those_of_plain_torch(
     found: dict[str, list[dict[str, float]]] = {}
     for kernels in ("torch", "triton"):
         with using(kernels):
-            method, terms = make(topology), Terms()
+            method, terms = make(topology), runs.Losses()
             optim = {role: OptimConfig(lr=1e-5) for role in ("student", "fake_score", "discriminator") if role in method.networks}
             folder = tmp_path / kernels
             fit(method, RandomClips(SIZE), train, optim, EMAConfig(0.0), folder, [terms], settings={}, topology=topology)
