@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -39,8 +40,9 @@ def guarded(run: Callable[[], int | None]) -> None:
         code = run()
     except (ValueError, OSError) as error:
         if os.environ.get("COSMOS_MP_TRACEBACK"):
-            raise
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+            traceback.print_exc()
+        else:
+            print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
         if isinstance(error, LostRank):  # threads that wait for the lost rank would hold this process until their timeouts
             sys.stdout.flush()
             sys.stderr.flush()

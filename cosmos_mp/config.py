@@ -33,6 +33,7 @@ NOT_NEGATIVE = (lambda value: value >= 0, "0 or above")
 SHARE = (lambda value: 0 <= value <= 1, "between 0 and 1")
 ALL_POSITIVE = (lambda values: all(value > 0 for value in values), "numbers above 0")
 FINITE = (math.isfinite, "a finite number")
+ENOUGH_TO_ASK = (lambda seconds: seconds >= 4, "4 or above: in a quarter of it a rank asks the others who is lost")
 
 TEACHER_7B = "checkpoints/nvidia/Cosmos-Transfer1-7B/base_model.pt,checkpoints/nvidia/Cosmos-Transfer1-7B/edge_control.pt"
 """The teacher as NVIDIA publishes it: the base's file and the control branch's."""
@@ -371,7 +372,7 @@ class ParallelConfig:
     """Seconds within which a rank that waits for another in vain has ended. The last of them, `grace`, go to asking who is lost."""
 
     def __post_init__(self) -> None:
-        _need("parallel.", self, tp=POSITIVE, cp=POSITIVE, dp=NOT_NEGATIVE, shard=NOT_NEGATIVE, timeout=POSITIVE)
+        _need("parallel.", self, tp=POSITIVE, cp=POSITIVE, dp=NOT_NEGATIVE, shard=NOT_NEGATIVE, timeout=ENOUGH_TO_ASK)
         _need("parallel.", self, reference_cp_scaling=NOT_NEGATIVE)
         both = self.cp_attention == "ulysses_ring"
         if both and not (1 < self.cp_ulysses < self.cp and self.cp % self.cp_ulysses == 0):

@@ -31,6 +31,7 @@ fi
 
 set_environment
 command=(python "$script" "${words[@]}")
+[ -n "$(type -P torchrun)" ] || fail "no torchrun on PATH: it lies beside the python that has torch, so activate that environment"
 launcher=(torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node "$gpus")
 print_environment
 print_command "${launcher[@]}" "${command[@]:1}"
@@ -49,7 +50,7 @@ trap 'rm -r "$notes"' EXIT
 # shellcheck disable=SC2329 # one_rank calls it
 lines() { trap '' INT TERM; exec sed -u "$1"; } # a signal ends the stage, not what reads its last words
 # shellcheck disable=SC2329 # bash -c calls it
-one_rank() { # NOTES COMMAND...: what torchrun starts for each GPU, in a process group of its own
+one_rank() { # NOTES COMMAND...: what torchrun starts for each GPU
   local notes=$1 code=0
   shift
   trap : INT TERM
@@ -57,8 +58,7 @@ one_rank() { # NOTES COMMAND...: what torchrun starts for each GPU, in a process
     export TQDM_DISABLE=1
     exec > >(lines '') 2> >(lines "s/^/[rank $RANK] /" >&2)
   fi
-  echo $$ >"$notes/pid.$RANK"
-  "$@" || code=$?
+  (echo "$BASHPID" >"$notes/pid.$RANK" && exec "$@") || code=$? # the stage's own number: it hears signals, and its children do not
   echo "$code" >"$notes/code.$RANK"
   [ "$code" -eq 75 ] || exit "$code"
 }
@@ -66,7 +66,7 @@ export -f lines one_rank
 tell() { # SIGNAL: fails where no process has started yet
   local file told=1
   for file in "$notes"/pid.*; do
-    ! kill "-$1" -- "-$(cat "$file")" || told=0
+    ! kill "-$1" "$(cat "$file")" || told=0
   done 2>/dev/null
   return "$told"
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -56,10 +58,21 @@ def test_a_mistake_of_ours_keeps_its_traceback(error):
         guarded(failing(error))
 
 
-def test_the_traceback_is_there_for_who_wants_it(monkeypatch):
+def test_the_traceback_is_there_for_who_wants_it(capsys, monkeypatch):
     monkeypatch.setenv("COSMOS_MP_TRACEBACK", "1")
-    with pytest.raises(ConfigError, match="train.seed"):
-        guarded(failing(ConfigError("train.seed is wrong")))
+    assert status(failing(ConfigError("train.seed is wrong"))) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and said.endswith("ConfigError: train.seed is wrong\n")
+
+
+@pytest.mark.parametrize("traceback", ["", "1"])
+def test_no_thread_holds_a_process_that_has_lost_a_rank(traceback):
+    code = "import threading, time; from cosmos_mp.cli import guarded; from cosmos_mp.parallel.watch import LostRank\n"
+    code += "def run():\n threading.Thread(target=time.sleep, args=(1000,)).start()\n raise LostRank('rank 1 is gone')\nguarded(run)"
+    env = os.environ | {"COSMOS_MP_TRACEBACK": traceback}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "LostRank: rank 1 is gone\n" in done.stderr, done.stderr
+    assert ("Traceback" in done.stderr) == bool(traceback)
 
 
 def test_a_mistake_in_the_code_is_not_hidden(monkeypatch):

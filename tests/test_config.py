@@ -133,7 +133,8 @@ def test_nothing_is_profiled_unless_told():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        *(({name: 0}, f"parallel.{name}=0 must be above 0") for name in ("tp", "cp", "timeout")),
+        *(({name: 0}, f"parallel.{name}=0 must be above 0") for name in ("tp", "cp")),
+        ({"timeout": 3.9}, "parallel.timeout=3.9 must be 4 or above: in a quarter of it a rank asks the others who is lost"),
         *(({name: -1}, f"parallel.{name}=-1 must be 0 or above") for name in ("dp", "shard", "reference_cp_scaling")),
         ({"sequence_parallel": True}, "parallel.sequence_parallel splits over the ranks of tp: give parallel.tp at least 2"),
         ({"sequence_parallel": True, "cp": 4}, "give parallel.tp at least 2, or leave it off"),
@@ -149,4 +150,4 @@ def test_a_run_is_not_split_unless_told():
     assert (plain.tp, plain.cp, plain.dp, plain.shard, plain.sequence_parallel) == (1, 1, 0, 0, False)
     assert (plain.cp_attention, plain.reduce, plain.compute, plain.reference_cp_scaling) == ("ulysses", "step", "auto", 0)
     assert all(kind().parallel == plain for kind in (config.TeacherRun, KDRun, DMD2Run))
-    assert ParallelConfig(tp=2, sequence_parallel=True, reference_cp_scaling=8, shard=4, timeout=0.5).tp == 2
+    assert ParallelConfig(tp=2, sequence_parallel=True, reference_cp_scaling=8, shard=4, timeout=4.5).tp == 2

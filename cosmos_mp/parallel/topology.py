@@ -116,6 +116,8 @@ def join(options: ParallelConfig) -> Topology:
     check_world(options, world)
     device = _device()
     if not dist.is_initialized():
+        # NCCL's watchdog names the collective that it gave up, sleeps four times this long (60 s by default), and ends the process.
+        os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", f"{1000 * options.grace / 5:.0f}")
         backend = "nccl" if device.type == "cuda" else "gloo"
         if world == 1:  # a store of its own: nobody else needs a port
             dist.init_process_group("gloo" if device.type == "cpu" else backend, store=dist.HashStore(), rank=0, world_size=1)

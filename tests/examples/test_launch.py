@@ -77,7 +77,7 @@ for pid in open(os.path.join(here, "tasks")).read().split():
 """
 # A stage that notes its words and its place, and does what its environment says.
 STAGE = r"""
-import json, os, signal, sys, time
+import json, os, signal, subprocess, sys, time
 if sys.argv[1:2] == ["-c"]:
     exec(sys.argv[2])
     sys.exit()
@@ -96,9 +96,13 @@ code = codes[rank:][:1] or ["0"]
 os.write(1, f"a line of {rank}\n".encode())
 os.write(2, f"error: of {rank}\n".encode())
 if code[0] == "wait":
+    child = subprocess.Popen(["sleep", "150"])  # as a compiler that a kernel waits for
     while not told:
         time.sleep(0.02)
     time.sleep(float(os.environ["STUB_SAVES"]) * (1 + rank))
+    if child.poll() is not None:
+        sys.exit("the signal has ended a process of the stage's own")
+    child.kill()
     with open(os.path.join(os.environ["STUB"], f"saved{rank}"), "w"):
         sys.exit(75)
 sys.exit(int(code[0]))
@@ -482,6 +486,12 @@ def test_what_a_node_cannot_start_is_refused(acted, words, code, said):
 def test_a_node_starts_nothing_that_its_check_refuses(acted):
     code, said = finish(node(acted, "kd", "tiny_kd", "--train.iteration", "5", "--gpus", "2", STUB_CHECK="2"))
     assert code == 2, said
+    assert not (acted.folder / "stage0").exists()
+
+
+def test_a_node_without_torchrun_says_so(acted):
+    code, said = finish(node(acted, "kd", "tiny_kd", "--gpus", "2", PATH=f"{acted.folder / 'bin'}:/usr/bin:/bin"))
+    assert code == 1 and "error: no torchrun on PATH" in said
     assert not (acted.folder / "stage0").exists()
 
 

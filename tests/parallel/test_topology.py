@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -81,6 +82,17 @@ def test_both_ways_in_a_fresh_process():
     processes = [subprocess.Popen([sys.executable, "-c", order], stdout=subprocess.PIPE, text=True) for order in orders]
     assert [process.communicate()[0].split() for process in processes] == [["1", "1", "1"]] * 2
     assert [process.returncode for process in processes] == [0, 0]
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "1000"), ("7", "7")])
+def test_nccls_watchdog_ends_a_process_within_the_timeout(given, expected):
+    """It sleeps four times this many milliseconds, and collectives give up `grace` before the timeout."""
+    name = "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"
+    code = "import os; from cosmos_mp.config import ParallelConfig; from cosmos_mp.parallel.topology import join\n"
+    code += f"join(ParallelConfig(timeout=10)); print(os.environ[{name!r}])"
+    env = {key: value for key, value in os.environ.items() if key != name} | ({name: given} if given else {})
+    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.split() == [expected]
+    assert ParallelConfig(timeout=10).grace == 5
 
 
 @pytest.mark.parametrize("options", [{"tp": 2}, {"cp": 3}, {"dp": 2}, {"shard": 2}])
