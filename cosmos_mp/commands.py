@@ -313,17 +313,18 @@ def bench(words: list[str]) -> None:
 
         _measured(lambda: bench_fp8(fast), json)
 
-    def _gpu(json: Path | None = None, fast: bool = False) -> None:
+    def _gpu(json: Path | None = None, fast: bool = False, limit: float = 600.0) -> None:
         """Kernels and one block on a GPU beside eager and compiled torch, printed as a table. Not run on a GPU yet.
 
         Args:
             json: file to write the numbers to; also where something was wrong, which ends with status 1.
             fast: each time measured for a fifth as long.
+            limit: seconds after which nothing more is begun.
         """
         from cosmos_mp.bench.gpu import bench_gpu, check_gpu
 
         check_gpu()  # before a file's folder is made
-        found = _measured(lambda: bench_gpu(fast), json)
+        found = _measured(lambda: bench_gpu(fast, limit), json)
         if found["mistakes"]:
             raise ValueError(f"wrong on this GPU: {'; '.join(found['mistakes'])}")
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext
+import time
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -230,7 +232,21 @@ def test_what_cannot_be_captured_in_a_graph_has_been_timed_alone():
 
 def test_what_comes_after_the_deadline_is_left_out():
     found = measure(made_up({"ours": gives(2, 4)}), deadline=0.0)
-    assert found["rows"]["made up"]["sides"]["ours"] == {"missing": "left out: 150 s are over"} and found["mistakes"] == []
+    assert found["rows"]["made up"]["sides"]["ours"] == {"missing": "left out: the time is over"} and found["mistakes"] == []
+
+
+def test_an_interrupt_keeps_what_was_found():
+    def interrupted(make, least_bytes, milliseconds):
+        raise KeyboardInterrupt
+
+    first, second = (
+        made_up({"ours": gives(2, 4)}, least_bytes=1),
+        replace(made_up({"ours": gives(2, 4)}, least_bytes=1, graphs=True), name="second"),
+    )
+    found = measure(first, second, replace(first, name="third"), in_graph=interrupted)
+    assert found["mistakes"] == ["second: interrupted, and nothing after it was measured"] and list(found["rows"]) == ["made up", "second"]
+    assert found["rows"]["made up"]["sides"]["ours"]["median_us"] == found["rows"]["second"]["sides"]["ours"]["median_us"] == 2000
+    assert gpu.table(found | {"gpu": "none", "ceilings": LIMITS})
 
 
 # --- Numbers ---
@@ -341,11 +357,12 @@ def test_interpreted_kernels_are_refused(monkeypatch):
 
 def test_a_mistake_is_written_down_and_ends_with_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "check_gpu", lambda: None)
-    monkeypatch.setattr(gpu, "bench_gpu", lambda fast: {"fast": fast, "mistakes": ["adaln, ours: error nan"]})
+    monkeypatch.setattr(gpu, "bench_gpu", lambda fast, limit: {"fast": fast, "limit": limit, "mistakes": ["adaln, ours: error nan"]})
     with pytest.raises(ValueError, match="wrong on this GPU: adaln, ours: error nan"):
-        commands.bench(["gpu", "--fast", "--json", str(tmp_path / "gpu.json")])
-    assert json.loads((tmp_path / "gpu.json").read_text())["fast"] is True
-    monkeypatch.setattr(gpu, "bench_gpu", lambda fast: {"mistakes": []})
+        commands.bench(["gpu", "--fast", "--limit", "7", "--json", str(tmp_path / "gpu.json")])
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert (written["fast"], written["limit"]) == (True, 7)
+    monkeypatch.setattr(gpu, "bench_gpu", lambda fast, limit: {"mistakes": []})
     commands.bench(["gpu"])
 
 
@@ -388,3 +405,52 @@ def test_the_script_ends_with_the_tests_outcome_and_both_in_one_file(script, tmp
     line = next(line for line in done.stdout.splitlines() if " tests passed, " in line)
     assert line.startswith(f"0 tests passed, 0 failed, {len(found['skipped'])} skipped; skipped: ") and "needs a CUDA device" in line
     assert (tmp_path / "out" / "tests.log").is_file()
+
+
+@pytest.mark.parametrize(
+    ("status", "failed"),
+    [
+        (0, {}),
+        (1, {}),
+        (2, {"pytest": "ended with 2 before its end, at the time limit or by a signal: see tests.log"}),
+        (124, {"pytest": "ended with 124 before its end, at the time limit or by a signal: see tests.log"}),
+    ],
+)
+def test_a_test_that_time_cuts_off_has_not_passed(tmp_path, status, failed):
+    """As pytest writes it: the one that ran has no name."""
+    cases = '<testcase classname="tests.gpu.a" name="b"/><testcase time="3"/>'
+    cases += '<testcase classname="tests.gpu.a" name="c"><failure message="off by 1&#10;more"/></testcase>'
+    (tmp_path / "tests.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    (tmp_path / "gpu.json").write_text('{"rows": {}}')
+    command = [sys.executable, "tests/gpu/outcome.py", tmp_path, str(status)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert done.returncode == 1 and found["rows"] == {}, done.stderr
+    assert found["tests"] == {"passed": ["tests.gpu.a::b"], "failed": {"tests.gpu.a::c": "off by 1"} | failed, "skipped": {}}
+    assert f"1 tests passed, {1 + len(failed)} failed, 0 skipped; failed: off by 1" in done.stdout
+
+
+def test_pytest_without_results_is_a_failure(tmp_path):
+    done = subprocess.run([sys.executable, "tests/gpu/outcome.py", tmp_path, "1"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "0 tests passed, 1 failed, 0 skipped; failed: wrote no results" in done.stdout, done.stderr
+
+
+def test_ctrl_c_ends_the_script_with_what_it_runs(tmp_path):
+    stand_in = (
+        f'case "$*" in *is_available*) exit 0 ;; *pytest*) touch {tmp_path}/begun; exec sleep 200 ;; *) touch {tmp_path}/more ;; esac'
+    )
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{stand_in}\n")
+    (tmp_path / "python").chmod(0o755)
+    # Started in the background, the tests themselves have SIGINT ignored, and a shell that inherits that cannot trap it.
+    command = ["env", "--default-signal=INT", "bash", "tests/gpu/run.sh", "--out", str(tmp_path / "out")]
+    env = os.environ | {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "begun").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130 and not (tmp_path / "more").exists()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

@@ -36,43 +36,18 @@ if command -v nvcc >/dev/null 2>&1 && [ ! -f cosmos_mp/kernels/libcanny_cuda.so 
   timeout 90 "$python" setup.py -q build_ext --inplace || echo "it was not built; what needs it is skipped"
 fi
 
+trap 'exit 130' INT # after what runs has ended: Ctrl-C reaches it too
 say tests
 # Each file that has tests marked gpu; the benchmarks get what is left, at least half of the time.
-timeout --signal=INT --kill-after=10 230 "$python" -m pytest -q -m gpu --show-capture=no --tb=short --durations=5 --junitxml "$out/tests.xml" \
-  tests/gpu tests/backends/test_transformer_engine.py tests/training/test_optim.py 2>&1 |
-  tee "$out/tests.log" || code=1
+tested=0
+timeout --foreground --signal=INT --kill-after=10 230 "$python" -m pytest -q -m gpu --show-capture=no --tb=short --durations=5 \
+  --junitxml "$out/tests.xml" tests/gpu tests/backends/test_transformer_engine.py tests/training/test_optim.py 2>&1 |
+  tee -i "$out/tests.log" || tested=${PIPESTATUS[0]}
 
 say benchmarks
-timeout --signal=INT --kill-after=10 "$(left)" "$python" -m cosmos_mp bench gpu --json "$out/gpu.json" || code=1
+# A row that has begun takes its time; what is not begun by then is left out, and said to be.
+timeout --foreground --signal=INT --kill-after=10 "$(left)" "$python" -m cosmos_mp bench gpu --json "$out/gpu.json" --limit $(($(left) - 40)) || code=1
 
-"$python" - "$out" <<'JOIN' || code=1
-import json
-import sys
-import xml.etree.ElementTree as tree
-from pathlib import Path
-
-out = Path(sys.argv[1])
-file, junit = out / "gpu.json", out / "tests.xml"
-found = json.loads(file.read_text()) if file.is_file() else {}
-tests = {"passed": [], "failed": {}, "skipped": {}}
-for case in tree.parse(junit).iter("testcase") if junit.is_file() else ():
-    name = f"{case.get('classname')}::{case.get('name')}"
-    reasons = {child.tag: (child.get("message") or "").split("\n")[0] for child in case}
-    for tag, kind in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
-        if tag in reasons:
-            tests[kind][name] = reasons[tag]
-            break
-    else:
-        tests["passed"].append(name)
-if not junit.is_file():
-    tests["failed"]["pytest"] = "it was stopped before its end, or did not start: see tests.log"
-file.write_text(json.dumps(found | {"tests": tests}, indent=1))
-print(f"\n{len(tests['passed'])} tests passed, {len(tests['failed'])} failed, {len(tests['skipped'])} skipped", end="")
-for kind in ("failed", "skipped"):
-    for reason in dict.fromkeys(tests[kind].values()):
-        print(f"; {kind}: {reason}", end="")
-print(f"; {file}")
-sys.exit(bool(tests["failed"]))
-JOIN
+"$python" tests/gpu/outcome.py "$out" "$tested" || code=1
 say "done"
 exit "$code"

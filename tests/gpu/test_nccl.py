@@ -25,11 +25,10 @@ def test_all_groups_are_nccls_and_on_the_device(join_alone):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_collectives_of_one_rank_give_back_what_they_got(join_alone, dtype):
+def test_collectives_of_one_rank_give_back_what_they_got(join_alone, monkeypatch, dtype):
+    monkeypatch.setattr(collectives, "_apply", collectives._Collective.apply)  # also where one rank needs none
     topology = join_alone()
     x = torch.randn(8, 6, device=topology.device).to(dtype).t()
-    for collective in (collectives._sum, collectives._gather, collectives._scatter_sum, collectives._exchange):
-        assert torch.equal(collective(x, topology.tp_group), x), collective.__name__
     for name in NAMES:
         y = x.clone().requires_grad_()
         out = getattr(collectives, name)(y, topology.cp_group)

@@ -71,10 +71,8 @@ def dmd2(topology: Topology) -> Method:
     return DMD2(networks, SIZE.diffusion, options, SIZE.head, text, 0, frame_sums(topology))
 
 
-@pytest.mark.parametrize(("make", "decreasing"), [(kd, "kd"), (dmd2, None)], ids=["kd", "dmd2"])
-def test_steps_at_the_7bs_width_are_those_of_plain_torch(
-    make: Callable[[Topology], Method], decreasing: str | None, join_alone, runs, monkeypatch, tmp_path: Path
-):
+@pytest.mark.parametrize("make", [kd, dmd2])
+def test_steps_at_the_7bs_width_are_those_of_plain_torch(make: Callable[[Topology], Method], join_alone, runs, monkeypatch, tmp_path: Path):
     monkeypatch.setattr(Saver, "save", lambda *_: None)  # tens of gigabytes
     topology = join_alone()
     train = TrainConfig(ITERATIONS, global_batch_size=1, picture_every=0, recompute="none")
@@ -94,5 +92,3 @@ def test_steps_at_the_7bs_width_are_those_of_plain_torch(
         for name, value in ours.items():
             assert math.isfinite(value), (step, name)
             assert abs(value - theirs[name]) <= 5e-2 * max(abs(theirs[name]), 1e-3), (step, name, value, theirs[name])
-    if decreasing:
-        assert found["triton"][-1][decreasing] < 1.5 * found["triton"][0][decreasing]
