@@ -110,7 +110,7 @@ def test_bench_is_understood(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "bench_cpu", lambda fast: {"cpu": fast})
     monkeypatch.setattr(static, "bench_static", lambda: {"static": False})
     monkeypatch.setattr(gpu, "check_gpu", lambda: None)
-    monkeypatch.setattr(gpu, "bench_gpu", lambda fast: {"gpu": fast, "mistakes": []})
+    monkeypatch.setattr(gpu, "bench_gpu", lambda fast, limit: {"gpu": fast, "mistakes": []})
     found = {words[0]: words for words in _words("python -m cosmos_mp bench")}
     assert set(found) == {"parallel", "fp8", "cpu", "gpu", "static"}
     for name, words in found.items():

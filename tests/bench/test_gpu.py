@@ -18,14 +18,14 @@ import pytest
 import torch
 
 from cosmos_mp import commands, kernels
-from cosmos_mp.bench import gpu
-from cosmos_mp.bench.gpu import Missing, Row, Side
+from cosmos_mp.bench import gpu, gpu_rows
+from cosmos_mp.bench.gpu_rows import Missing, Row, Side
 from cosmos_mp.bench.static import shipped
 from cosmos_mp.config import ConfigError, NetConfig
 from cosmos_mp.kernels import adaln as adaln_module
 
 ROOT = Path(__file__).parents[2]
-SMALL = gpu.Sizes(
+SMALL = gpu_rows.Sizes(
     net=NetConfig(hidden=48, heads=2, mlp_hidden=96, adaln_lora_dim=8, text_dim=16),
     grid=(2, 4, 6),
     text_tokens=5,
@@ -52,7 +52,7 @@ def compiler(function):
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, Row]:
-    return {row.name: row for row in gpu.rows("cpu", SMALL, compiler)}
+    return {row.name: row for row in gpu_rows.rows("cpu", SMALL, compiler)}
 
 
 def measure(*rows: Row, in_graph=lambda make, least_bytes, milliseconds: [0.5], **options) -> dict:
@@ -101,13 +101,18 @@ def test_values_and_gradients_are_what_is_compared(rows):
 
 
 def test_the_least_bytes_are_those_of_the_launches_at_the_7bs_size():
-    sizes, launches = gpu.Sizes(), {launch.name: launch.least_bytes for launch in shipped()}
+    sizes, launches = gpu_rows.Sizes(), {launch.name: launch.least_bytes for launch in shipped()}
     again = 7040 * 3 * 4096 * 2  # the launch reads shift, scale and gate for every token, of which a cache has all but the first
     adaln_least = (launches["adaln gated forward"] - again, launches["adaln gated backward"])
     turned = (launches["qk_norm_rope rotated forward"], launches["qk_norm_rope rotated backward"])
     loss = launches["dmd2_loss guided forward"] + launches["dmd2_loss backward"]
     head = sum(launches[f"gan_head {name}"] for name in ("statistics", "sums", "gradient"))
-    passes = [*gpu._adaln(meta, sizes), *gpu._qk_norm_rope(meta, sizes), gpu._dmd2_loss(meta, sizes), gpu._gan_head(meta, sizes)]
+    passes = [
+        *gpu_rows._adaln(meta, sizes),
+        *gpu_rows._qk_norm_rope(meta, sizes),
+        gpu_rows._dmd2_loss(meta, sizes),
+        gpu_rows._gan_head(meta, sizes),
+    ]
     for kernel, launched in zip(passes, (*adaln_least, *turned, loss, head), strict=True):
         # Launches add what passes between them: of the smallest, the discriminator's head, a tenth.
         assert 0.9 < kernel.least_bytes / launched <= 1, kernel.name
@@ -118,17 +123,17 @@ def meta(*shape, seed, dtype=torch.bfloat16):
 
 
 def test_the_head_has_no_value_at_the_kink():
-    kernel = gpu._gan_head(
-        lambda *shape, **options: gpu._draw(*shape, device="cpu", **options), replace(SMALL, features=(2, 64, 1, 22, 40))
+    kernel = gpu_rows._gan_head(
+        lambda *shape, **options: gpu_rows._draw(*shape, device="cpu", **options), replace(SMALL, features=(2, 64, 1, 22, 40))
     )
     x, weight, bias, *_ = (value.detach().double() for value in kernel.inputs)
-    assert torch.nn.functional.group_norm(x, 8, weight, bias, gpu.EPS).abs().min() > 1e-4
+    assert torch.nn.functional.group_norm(x, 8, weight, bias, gpu_rows.EPS).abs().min() > 1e-4
 
 
 def test_calls_have_inputs_of_their_own_and_can_be_repeated(rows):
     for name in KERNELS:
         for side in rows[name].sides.values():
-            with gpu.using(side.kernels):
+            with kernels.using(side.kernels):
                 first, second = side.make(), side.make()
                 results = [[x.detach().clone() for x in run()] for run in (first, first, second)]
             assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True)), name
@@ -154,7 +159,7 @@ def test_a_wrong_kernel_is_noticed(monkeypatch):
         return r, x
 
     monkeypatch.setattr(adaln_module._AdaLN, "forward", staticmethod(wrong))
-    rows = gpu.rows("cpu", SMALL, compiler)
+    rows = gpu_rows.rows("cpu", SMALL, compiler)
     found = measure(rows[0])
     (mistake,) = found["mistakes"]
     assert mistake.startswith("adaln, forward, ours: error")
