@@ -446,8 +446,8 @@ def test_ctrl_c_ends_the_script_with_what_it_runs(tmp_path):
     )
     (tmp_path / "python").write_text(f"#!/bin/sh\n{stand_in}\n")
     (tmp_path / "python").chmod(0o755)
-    # Started in the background, the tests themselves have SIGINT ignored, and a shell that inherits that cannot trap it.
-    command = ["env", "--default-signal=INT", "bash", "tests/gpu/run.sh", "--out", str(tmp_path / "out")]
+    # In the background, the tests themselves have SIGINT ignored, and a shell that inherits that cannot trap it.
+    command = ["env", "--default-signal", "bash", "tests/gpu/run.sh", "--out", str(tmp_path / "out")]
     env = os.environ | {"PATH": f"{tmp_path}:/usr/bin:/bin"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
     try:

@@ -504,16 +504,16 @@ def test_folders_that_the_ranks_do_not_share_are_noticed(run_ranks, tmp_path):
 
 def test_a_rank_that_hangs_is_waited_for_no_longer_than_the_timeout(run_ranks, tmp_path):
     def save(rank):
-        topology, opened, dcp_save = join(ParallelConfig(timeout=1.5)), threading.Event(), dcp.save
+        topology, opened, dcp_save = join(ParallelConfig(timeout=4)), threading.Event(), dcp.save
         if rank == 1:
-            dcp.save = lambda *args, **kwargs: opened.wait(4) or dcp_save(*args, **kwargs)
+            dcp.save = lambda *args, **kwargs: opened.wait(7) or dcp_save(*args, **kwargs)
         began = time.monotonic()
         with pytest.raises(CheckpointWriteError, match="iter_00000002 could not be written .a rank is gone or silent: ") as error:
             Saver(tmp_path, SETTINGS, 1, topology).save(2, table_of(topology, 2.0))
         assert rank == 1 or "imed out" in str(error.value)
         return time.monotonic() - began
 
-    assert run_ranks(2, save)[0] < 4
+    assert run_ranks(2, save)[0] < 7
 
 
 # --- Beside the training ---
