@@ -33,7 +33,7 @@ NOT_NEGATIVE = (lambda value: value >= 0, "0 or above")
 SHARE = (lambda value: 0 <= value <= 1, "between 0 and 1")
 ALL_POSITIVE = (lambda values: all(value > 0 for value in values), "numbers above 0")
 FINITE = (math.isfinite, "a finite number")
-ENOUGH_TO_ASK = (lambda seconds: seconds >= 4, "4 or above: in a quarter of it a rank asks the others who is lost")
+ENOUGH_TO_ASK = (lambda seconds: 4 <= seconds <= 86400, "between 4 and a day: in a quarter of it, or in 5 s, a rank asks who is lost")
 
 TEACHER_7B = "checkpoints/nvidia/Cosmos-Transfer1-7B/base_model.pt,checkpoints/nvidia/Cosmos-Transfer1-7B/edge_control.pt"
 """The teacher as NVIDIA publishes it: the base's file and the control branch's."""

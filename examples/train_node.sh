@@ -18,7 +18,10 @@ while [ $# -gt 0 ]; do
   shift
 done
 if [ -z "$gpus" ]; then
-  gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
+  gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU) || true
+  if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    gpus=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .) || true
+  fi
   [ "$gpus" -gt 0 ] || fail "nvidia-smi shows no GPU here: say how many processes to start with --gpus N"
 fi
 [[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "--gpus $gpus: not a number above 0"

@@ -41,6 +41,12 @@ USED = {
     "pytorch.router.fused_moe_aux_loss": ("pytorch/router.py", (), ""),
     "pytorch.router.fused_topk_with_score_function": ("pytorch/router.py", (), ""),
 }
+BASES = {
+    "pytorch.Linear": ("pytorch/module/base.py", "pytorch/module/linear.py"),
+    "pytorch.RMSNorm": ("pytorch/module/rmsnorm.py", "pytorch/ops/basic/rmsnorm.py", "pytorch/ops/op.py"),
+    "pytorch.DotProductAttention": ("pytorch/module/base.py", DPA),
+}
+"""The files with a class that we derive from, and its own bases."""
 
 
 def signature(function: ast.FunctionDef) -> str:
@@ -60,6 +66,22 @@ def fields(node: ast.ClassDef) -> str:
     return ", ".join(["self", *(line.target.id + ("" if line.value is None else "=None") for line in own)])
 
 
+def members(tree: ast.Module) -> set[str]:
+    """Names that the classes of a file define, and that their methods set on `self`."""
+    found = set()
+    for node in (inner for kind in ast.walk(tree) if isinstance(kind, ast.ClassDef) for inner in (*kind.body, *ast.walk(kind))):
+        if isinstance(node, ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in (part for whole in targets for part in getattr(whole, "elts", [whole])):
+                if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self":
+                    found.add(target.attr)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "fast_setattr":
+            found.add(node.args[0].value)
+    return {name for name in found if not name.startswith("__")}
+
+
 def definition(tree: ast.Module, name: str) -> ast.AST | None:
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
@@ -76,7 +98,8 @@ def hands_on(tree: ast.Module, name: str) -> bool:
 
 
 def read(wheel: Path) -> dict[str, str]:
-    """Parameters by name, such as `pytorch.Linear.__init__`; names that are there without being called as functions have "".
+    """Parameters by name, such as `pytorch.Linear.__init__`; names that are there without being called as functions have "", and classes
+    that we derive from the names of their members.
 
     Raises:
         KeyError: the wheel lacks a name.
@@ -96,6 +119,8 @@ def read(wheel: Path) -> dict[str, str]:
             for part in parts:
                 inner = {line.name: line for line in node.body if isinstance(line, ast.FunctionDef)}
                 found[f"{path}.{'__init__' if part == 'fields' else part}"] = fields(node) if part == "fields" else signature(inner[part])
+        for path, files in BASES.items():
+            found[f"{path}.members"] = " ".join(sorted(set().union(*(members(parse(file)) for file in files))))
     return found
 
 

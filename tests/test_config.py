@@ -134,7 +134,7 @@ def test_nothing_is_profiled_unless_told():
     ("options", "said"),
     [
         *(({name: 0}, f"parallel.{name}=0 must be above 0") for name in ("tp", "cp")),
-        ({"timeout": 3.9}, "parallel.timeout=3.9 must be 4 or above: in a quarter of it a rank asks the others who is lost"),
+        *(({"timeout": s}, f"parallel.timeout={s} must be between 4 and a day: in a quarter") for s in (3.9, float("inf"), float("nan"))),
         *(({name: -1}, f"parallel.{name}=-1 must be 0 or above") for name in ("dp", "shard", "reference_cp_scaling")),
         ({"sequence_parallel": True}, "parallel.sequence_parallel splits over the ranks of tp: give parallel.tp at least 2"),
         ({"sequence_parallel": True, "cp": 4}, "give parallel.tp at least 2, or leave it off"),

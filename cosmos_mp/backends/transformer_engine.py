@@ -44,10 +44,11 @@ class _Linear:
     """What both linears add to megatron's: FP8 around their own product, and the product alone as result."""
 
     communicates = True
-    fp8: Callable[[], AbstractContextManager] | None = None
+    region: Callable[[], AbstractContextManager] | None = None
+    """Opens that FP8. (`fp8` is Transformer Engine's own name, set anew in every forward.)"""
 
     def forward(self, x: Tensor) -> Tensor:
-        with self.fp8() if self.fp8 else nullcontext():
+        with self.region() if self.region else nullcontext():
             return super().forward(x)[0]
 
 
@@ -158,11 +159,11 @@ def use_fp8(network: nn.Module, recipe: FP8Recipe) -> None:
         # It moves its scales at the end of a region, which must therefore be one whole call.
         network.forward = partial(_within, network.forward, partial(te.autocast, enabled=True, recipe=made))
         for name in excepted:
-            linears[name].fp8 = partial(te.autocast, enabled=False)
+            linears[name].region = partial(te.autocast, enabled=False)
     else:
         # Opened inside of what is recomputed, so that the second forward sees it too; attention and norms lie outside.
         for name in linears.keys() - excepted:
-            linears[name].fp8 = partial(te.autocast, enabled=True, recipe=made)
+            linears[name].region = partial(te.autocast, enabled=True, recipe=made)
 
 
 def _within(forward: Callable, context: Callable[[], AbstractContextManager], *args: Any, **kwargs: Any) -> Any:

@@ -185,8 +185,8 @@ def measure(
 ) -> dict[str, Any]:
     """`rows`: errors and times of every side of every row, or why there is none; `mistakes`: what makes the run a failure, in words.
 
-    A side that fails is recorded and the others go on. It is a mistake where it computes something else, or where it is ours and what it
-    needs is there. An interrupt ends the measurement, which is a mistake too, and what was found until then is kept.
+    A side that fails is recorded and the others go on. It is a mistake where it computes something else, or where it is our own code and
+    what it needs is there. An interrupt ends the measurement, which is a mistake too, and what was found until then is kept.
     """
     told, mistakes = {}, []
     for row in rows:
@@ -224,7 +224,7 @@ def _sides(row: Row, told: dict, mistakes: list[str], limits: dict, timer: Timer
             found["missing"] = str(reason)
         except Exception as reason:  # whatever it is: the other sides are to be measured
             found["failed"] = _words(reason)
-            if name == "ours":
+            if side.own:
                 mistakes.append(f"{row.name}, {name}: {found['failed']}")
         else:
             if row.graphs:

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from cosmos_mp.config import BackendConfig, ParallelConfig
+from cosmos_mp.config import BackendConfig, ConfigError, ParallelConfig
 from cosmos_mp.parallel.layout import check_world
-from cosmos_mp.parallel.watch import Watch
+from cosmos_mp.parallel.watch import LostRank, Watch
 
 T = TypeVar("T")
 
@@ -110,7 +110,8 @@ def join(options: ParallelConfig) -> Topology:
     """Meet the other processes of the run, which torchrun or Slurm started with MASTER_ADDR and MASTER_PORT. Safe to call again.
 
     Raises:
-        ConfigError: tp and cp do not divide the number of processes; the message names what fits.
+        ConfigError: tp and cp do not divide the number of processes; the message names what fits. Or this process has no GPU of its own.
+        LostRank: not all of them came in time.
     """
     rank, world = rank_and_world()
     check_world(options, world)
@@ -120,9 +121,16 @@ def join(options: ParallelConfig) -> Topology:
         os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", f"{1000 * options.grace / 5:.0f}")
         backend = "nccl" if device.type == "cuda" else "gloo"
         if world == 1:  # a store of its own: nobody else needs a port
-            dist.init_process_group("gloo" if device.type == "cpu" else backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=options.collective_timeout)
+            try:
+                dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=options.collective_timeout)
+            except dist.DistError as error:
+                where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+                raise LostRank(
+                    f"rank {rank}: the {world} ranks did not meet at {where}, where rank 0 waits for them, within parallel.timeout="
+                    f"{options.timeout:g} s: see what the missing ones say ({str(error).splitlines()[0][:300]})"
+                ) from error
     from megatron.core import parallel_state
 
     if not parallel_state.is_initialized():
@@ -142,7 +150,12 @@ def join(options: ParallelConfig) -> Topology:
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
+    place, there = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))), torch.cuda.device_count()
+    if place >= there:
+        raise ConfigError(
+            f"this is process {place} of its node, from 0, and sees {there} GPU(s): start as many as CUDA_VISIBLE_DEVICES shows"
+        )
+    device = torch.device("cuda", place)
     torch.cuda.set_device(device)
     return device
 

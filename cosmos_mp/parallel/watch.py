@@ -6,10 +6,11 @@ hangs in its own code answers with where it is and since when.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 PERIOD = 0.5
 """Seconds between two looks for an alarm."""
+LINGER = 1.6
+"""How many times as long as it asks a rank stays at most, so that its process ends before the timeout."""
 
 
 class LostRank(ConnectionError):
@@ -61,7 +64,7 @@ class Watch:
 
     def explain(self, error: BaseException) -> BaseException:
         """The error itself, or where it comes from a collective among several ranks: who is lost."""
-        if isinstance(error, LostRank) or self.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+        if isinstance(error, LostRank) or self.world == 1 or not _of_a_collective(error):
             return error
         here = f"rank {self.rank}, {self._words()}"
         return LostRank(f"{here}: {self._who()}; the last checkpoint stands: start the same command again ({str(error).strip()[:300]})")
@@ -81,23 +84,42 @@ class Watch:
     def _who(self) -> str:
         """In a thread, since a store whose host has stopped keeps its callers waiting."""
         found: list[str] = []
-        asking = threading.Thread(target=lambda: found.append(self._asked()), name="asking", daemon=True)
+        asking = threading.Thread(target=self._ask, args=(found,), name="asking", daemon=True)
         asking.start()
-        asking.join(self._patience + PERIOD)
+        asking.join(LINGER * self._patience)
         return found[0] if found else "the store of the ranks does not answer, and so neither does its host, as a rule rank 0"
 
-    def _asked(self) -> str:
+    def _ask(self, found: list[str]) -> None:
         others = [rank for rank in range(self.world) if rank != self.rank]
+        answers: dict[int, str] = {}
+        gone, began = "", time.monotonic()
         try:
+            self._store.set(f"answer/{self.rank}", self._words())  # it may end before its own thread looks again
             self._store.set("alarm", "")
-            deadline = time.monotonic() + self._patience
-            while not self._store.check([f"answer/{rank}" for rank in others]) and time.monotonic() < deadline:
+            while not self._store.check([f"answer/{rank}" for rank in others]) and time.monotonic() < began + self._patience:
                 time.sleep(PERIOD / 5)
-            answers = {rank: self._store.get(f"answer/{rank}").decode() for rank in others if self._store.check([f"answer/{rank}"])}
+            for rank in others:
+                if self._store.check([f"answer/{rank}"]):
+                    answers[rank] = self._store.get(f"answer/{rank}").decode()
+            self._store.set(f"asked/{self.rank}", "")
         except Exception as error:
-            return f"the store of the ranks is gone, and with it its host, as a rule rank 0 ({error})"
+            gone = f"the store of the ranks is gone, and with it its host, as a rule rank 0 ({error})"
         silent = [rank for rank in others if rank not in answers]
         heard = "; ".join(f"rank {rank} is {words}" for rank, words in answers.items())
-        if silent:
-            return f"no answer from rank {', '.join(map(str, silent))}, dead or stopped" + (f" ({heard})" if heard else "")
-        return f"every rank answers: {heard}"
+        if not silent:
+            found.append(f"every rank answers: {heard}")
+        else:
+            lost = gone or f"no answer from rank {', '.join(map(str, silent))}, dead or stopped"
+            found.append(lost + (f" ({heard})" if heard else ""))
+        if self.rank == 0 and not gone:  # the store's host, as a rule: the others still read what they were answered
+            with suppress(Exception):
+                while not self._store.check([f"asked/{rank}" for rank in answers]) and time.monotonic() < began + LINGER * self._patience:
+                    time.sleep(PERIOD / 5)
+
+
+_GLOO = re.compile(r"gloo/[\w/]+\.(cc|h):\d+")
+
+
+def _of_a_collective(error: BaseException | None) -> bool:
+    """Whether it comes, at first or second hand, from a wait for other ranks; gloo's errors have no type, but name its source file."""
+    return error is not None and (isinstance(error, dist.DistError) or bool(_GLOO.search(str(error))) or _of_a_collective(error.__cause__))

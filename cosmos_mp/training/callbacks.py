@@ -156,8 +156,12 @@ class JsonLines(Callback):
         self._file = path.open("a")
 
     def on_iteration(self, event: Event) -> None:
-        self._file.write(logs.to_line(asdict(event)))
-        self._file.flush()
+        try:
+            self._file.write(logs.to_line(asdict(event)))
+            self._file.flush()
+        except OSError as error:
+            words = f"{error.strerror}; the last checkpoint stands: make room and start the same command again"
+            raise OSError(error.errno, words, self._file.name) from error
 
     def on_checkpoint(self, path: Path) -> None:
         os.fsync(self._file.fileno())

@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -50,7 +51,7 @@ MAY_CHANGE = {
         + ("recompute", "async_save", "micro_batch_size", "max_nonfinite")
     ),
     *(f"profile.{name}" for name in ("kind", "memory", "start", "stop", "ranks")),
-    *(f"parallel.{name}" for name in ("tp", "cp", "dp", "shard", "sequence_parallel", "cp_attention", "reduce", "timeout")),
+    *(f"parallel.{name}" for name in ("tp", "cp", "dp", "shard", "sequence_parallel", "cp_attention", "cp_ulysses", "reduce", "timeout")),
 }
 """Options that a resumed run may set anew, the layout among them; every other one would make it another run."""
 
@@ -213,7 +214,8 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def published(folder: Path) -> list[Path]:
     """Visible checkpoints, newest first."""
-    return sorted((path for path in folder.glob("iter_*") if path.suffix != ".partial"), key=lambda path: path.name, reverse=True)
+    found = (path for path in folder.glob("iter_*") if re.fullmatch(r"iter_\d+", path.name))
+    return sorted(found, key=lambda path: path.name, reverse=True)
 
 
 def damage(path: Path, *, hashes: bool = True, topology: Topology | None = None) -> str | None:
@@ -235,7 +237,7 @@ def _listed(path: Path) -> tuple[str | None, dict[str, tuple[int, str]]]:
         listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError:
         return f"no {MARKER}: it was not finished", {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MARKER} cannot be read ({type(error).__name__}: {error})", {}
     if ".metadata" not in listed:
         return f"{MARKER} does not list .metadata", {}

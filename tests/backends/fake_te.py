@@ -32,6 +32,7 @@ class Linear(_Module):
     def __init__(self, **given: Any):
         super().__init__()
         self.given, self.calls, self.parallel_mode = given, [], given["parallel_mode"]
+        self.fp8 = False
         tp = given["tp_group"].size()
         self.tp_size, self.sequence_parallel = tp, tp > 1 and given["sequence_parallel"]
         outputs = given["out_features"] // (tp if self.parallel_mode == "column" else 1)
@@ -39,7 +40,9 @@ class Linear(_Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=given["params_dtype"], device=given["device"]))
 
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None, **_: Any) -> Tensor:
-        self.calls.append((is_first_microbatch, autocast.regions[-1] if autocast.regions else None))
+        recipe = autocast.regions[-1] if autocast.regions else None
+        self.fp8 = recipe is not None  # the real one keeps its state there, between forwards too
+        self.calls.append((is_first_microbatch, recipe))
         return F.linear(inp, self.weight)
 
 
@@ -106,7 +109,9 @@ def _checked(cls: type, name: str, signatures: dict[str, str]) -> type:
 
         return call
 
-    methods = {key.rpartition(".")[2] for key in signatures if key.startswith(name + ".") and key.count(".") == name.count(".") + 1}
+    methods = {key.rpartition(".")[2] for key in signatures if key.startswith(name + ".") and key.count(".") == name.count(".") + 1} - {
+        "members"
+    }
     return type(name.rpartition(".")[2], (cls,), {method: guarded(method) for method in methods})
 
 
@@ -137,7 +142,7 @@ def make(version: str, has: dict[str, bool] | None = None) -> dict[str, ModuleTy
     standing_in = {"Linear": Linear, "RMSNorm": RMSNorm, "DotProductAttention": DotProductAttention, "autocast": autocast}
     for path, parameters in signatures.items():
         where, _, name = path.rpartition(".")
-        if name in ("__init__", "forward", "set_context_parallel_group"):
+        if name in ("__init__", "forward", "set_context_parallel_group", "members"):
             continue
         if name.endswith("_available"):
             kind = name.removeprefix("is_").removesuffix("_available")

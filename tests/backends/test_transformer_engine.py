@@ -102,6 +102,20 @@ def test_the_stand_in_refuses_a_keyword_that_the_real_one_has_not(te):
     assert not hasattr(te.te, "Linears")
 
 
+def test_none_of_our_attributes_is_transformer_engines_own(te):
+    """It would overwrite them in its next forward, or we its."""
+    signatures = fake_te.SIGNATURES[sys.modules["transformer_engine"].__version__]
+    for name, classes in (
+        ("Linear", (te._Linear, te._Column, te._Row)),
+        ("RMSNorm", (te._HeadNorm,)),
+        ("DotProductAttention", (te._Attention,)),
+    ):
+        own = {key for kind in classes for key in vars(kind) if not key.startswith("__")} - {"forward"}
+        theirs = set(signatures[f"pytorch.{name}.members"].split())
+        assert "forward" in theirs and not own & theirs, name
+    assert "fp8" in signatures["pytorch.Linear.members"].split()
+
+
 def test_names_shapes_and_split_dimensions_are_the_local_backends(build, make_network):
     ours, local = build(), make_network()
     assert {name: value.shape for name, value in named_weights(ours).items()} == {
@@ -234,9 +248,9 @@ def test_the_linears_of_the_blocks_run_in_the_recipe_and_those_of_the_text_do_no
     load_weights(network, named_weights(make_network()), "local")
     assert all(found == [None] for found in regions(network, make_input()).values())
     te.use_fp8(network, recipe)
-    found = regions(network, make_input())
-    assert all(ran == ([None] if name.endswith(TEXT) else [kind]) for name, ran in found.items())
-    assert sum(ran == [kind] for ran in found.values()) == len(FP8_LAYERS) * 5
+    for found in (regions(network, make_input()), regions(network, make_input())):  # Transformer Engine keeps state between them
+        assert all(ran == ([None] if name.endswith(TEXT) else [kind]) for name, ran in found.items())
+        assert sum(ran == [kind] for ran in found.values()) == len(FP8_LAYERS) * 5
     assert fake_te.autocast.regions == []
 
 
@@ -365,7 +379,7 @@ def test_networks_are_made_of_the_choice_and_compute_in_bfloat16(te, monkeypatch
     assert len(linears(network)) == 10 * 5
     # FSDP's masters stay float32 and are gathered in bfloat16.
     assert {p.dtype for p in network.parameters()} == {torch.float32 if fsdp else torch.bfloat16}
-    assert all((module.fp8 is None) == name.endswith(TEXT) for name, module in linears(network).items())
+    assert all((module.region is None) == name.endswith(TEXT) for name, module in linears(network).items())
 
 
 @pytest.mark.parametrize("sequence", [False, True])
@@ -484,6 +498,7 @@ def test_on_a_gpu_it_computes_what_the_local_backend_computes(recipe, bound):
     results = []
     for layers in block:
         x = inputs.clone().requires_grad_()
+        layers["mlp"](layers["attn"](x, x))  # what Transformer Engine keeps from one forward must serve the next
         out = layers["mlp"](layers["attn"](x, x))
         out.float().pow(2).sum().backward()
         results.append([out, x.grad, *(p.grad for p in layers.parameters())])

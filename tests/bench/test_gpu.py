@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -204,11 +205,16 @@ def test_errors_are_relative_to_the_largest_element_and_some_sides_may_err_more(
     assert measure(made_up(sides, loose={"rough": 0.1}))["mistakes"] == []
 
 
-def raises(error: Exception) -> Side:
-    def make():
-        raise error
+def raises(error: Exception, own: bool = False, calls: int = 0) -> Side:
+    """A side that computes what is right so often, and then fails; in the beginning, it cannot be made."""
+    left = iter(range(calls))
 
-    return Side(make)
+    def run():
+        if next(left, None) is None:
+            raise error
+        return [torch.tensor([2.0, 4.0])]
+
+    return Side((lambda: run) if calls else run, own=own)
 
 
 def test_a_side_that_fails_is_recorded_and_the_others_go_on():
@@ -217,8 +223,36 @@ def test_a_side_that_fails_is_recorded_and_the_others_go_on():
     told = found["rows"]["made up"]["sides"]
     assert told["a"] == {"failed": "RuntimeError: no compiler"} and told["b"] == {"missing": "not installed"}
     assert told["eager"]["median_us"] == 2000 and found["mistakes"] == []
-    assert measure(made_up({"ours": raises(RuntimeError("launch"))}))["mistakes"] == ["made up, ours: RuntimeError: launch"]
-    assert measure(made_up({"ours": raises(Missing("no nvcc"))}))["mistakes"] == []
+    for calls in (0, 1):  # made, and timed
+        sides = {"eager": raises(RuntimeError("launch"), calls=calls), "any": raises(RuntimeError("launch"), own=True, calls=calls)}
+        assert measure(made_up(sides))["mistakes"] == ["made up, any: RuntimeError: launch"]
+    assert measure(made_up({"ours": raises(Missing("no nvcc"), own=True)}))["mistakes"] == []
+
+
+def test_our_own_sides_are_ours_and_transformer_engines(rows):
+    for row in rows.values():
+        own = ["ours", "Transformer Engine", "Transformer Engine, FP8"] if row.name == BLOCK else ["ours"]
+        assert [name for name, side in row.sides.items() if side.own] == own, row.name
+
+
+def test_a_transformer_engine_that_is_there_and_fails_is_a_mistake(rows, monkeypatch):
+    sides = {name: side for name, side in rows[BLOCK].sides.items() if name.startswith("Transformer Engine")}
+    row = replace(rows[BLOCK], sides=sides)
+    monkeypatch.setattr(gpu_rows.choice, "found", lambda: (None, "it is not installed"))
+    assert measure(row)["mistakes"] == []
+
+    def broken():
+        raise AttributeError("no such layer")
+
+    monkeypatch.setattr(gpu_rows.choice, "found", broken)
+    assert measure(row)["mistakes"] == [f"{BLOCK}, {name}: AttributeError: no such layer" for name in sides]
+
+
+def test_a_block_is_called_once_before_the_call_that_is_compared(rows, monkeypatch):
+    calls, forward = [], gpu_rows.Block.forward
+    monkeypatch.setattr(gpu_rows.Block, "forward", lambda *given: calls.append(1) or forward(*given))
+    rows[BLOCK].sides["eager"].make()
+    assert len(calls) == 1
 
 
 def test_what_cannot_be_captured_in_a_graph_has_been_timed_alone():
@@ -435,27 +469,83 @@ def test_a_test_that_time_cuts_off_has_not_passed(tmp_path, status, failed):
     assert f"1 tests passed, {1 + len(failed)} failed, 0 skipped; failed: off by 1" in done.stdout
 
 
-def test_pytest_without_results_is_a_failure(tmp_path):
+@pytest.mark.parametrize("written", [None, "", "<testsuites><testsuite><testcase classname="])
+def test_pytest_without_results_is_a_failure(tmp_path, written):
+    """Also where it was killed while it wrote them."""
+    if written is not None:
+        (tmp_path / "tests.xml").write_text(written)
     done = subprocess.run([sys.executable, "tests/gpu/outcome.py", tmp_path, "1"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "0 tests passed, 1 failed, 0 skipped; failed: wrote no results" in done.stdout, done.stderr
-
-
-def test_ctrl_c_ends_the_script_with_what_it_runs(tmp_path):
-    stand_in = (
-        f'case "$*" in *is_available*) exit 0 ;; *pytest*) touch {tmp_path}/begun; exec sleep 200 ;; *) touch {tmp_path}/more ;; esac'
+    assert done.returncode == 1 and "0 tests passed, 1 failed, 0 skipped; failed: wrote no results that can be read" in done.stdout, (
+        done.stderr
     )
-    (tmp_path / "python").write_text(f"#!/bin/sh\n{stand_in}\n")
-    (tmp_path / "python").chmod(0o755)
+
+
+STAND_IN = """#!/bin/sh
+case "$*" in
+  *is_available*) exit 0 ;;
+  *tests/gpu/outcome.py*) echo outcome >>{root}/begun; exec {python} "$@" ;;
+  *"setup.py -q build_ext"*) moment=build ;;
+  *"-m pytest"*) moment=tests; echo '<testsuite><testcase classname="a" name="b"/></testsuite>' >{root}/out/tests.xml ;;
+  *) moment=benchmarks; echo '{{"rows": {{"adaln": 1}}}}' >{root}/out/gpu.json ;;
+esac
+echo $moment >>{root}/begun
+[ $moment = {moment} ] || exit 0
+trap 'exit 1' INT # as Python does: it ends by itself
+touch {root}/ready
+sleep 200
+"""
+
+
+@pytest.mark.parametrize("moment", ["build", "tests", "benchmarks"])
+def test_ctrl_c_ends_the_script_with_what_it_runs_and_keeps_what_was_found(tmp_path, moment):
+    bin, folder = tmp_path / "bin", tmp_path / "tests" / "gpu"
+    bin.mkdir()
+    folder.mkdir(parents=True)
+    for name in ("run.sh", "outcome.py"):  # where no library has been built
+        (folder / name).write_text((ROOT / "tests" / "gpu" / name).read_text())
+    (bin / "python").write_text(STAND_IN.format(root=tmp_path, python=sys.executable, moment=moment))
+    (bin / "nvcc").write_text("#!/bin/sh\n")
+    for file in bin.iterdir():
+        file.chmod(0o755)
     # In the background, the tests themselves have SIGINT ignored, and a shell that inherits that cannot trap it.
-    command = ["env", "--default-signal", "bash", "tests/gpu/run.sh", "--out", str(tmp_path / "out")]
-    env = os.environ | {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    command = ["env", "--default-signal", "bash", str(folder / "run.sh"), "--out", str(tmp_path / "out")]
+    env = os.environ | {"PATH": f"{bin}:/usr/bin:/bin"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
-        while not (tmp_path / "begun").exists():
+        while not (tmp_path / "ready").exists():
             assert process.poll() is None
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(60) == 130 and not (tmp_path / "more").exists()
+        assert process.wait(60) == 130
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+    moments = ["build", "tests", "benchmarks"]
+    assert (tmp_path / "begun").read_text().split() == [*moments[: moments.index(moment) + 1], "outcome"]
+    found = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert found["tests"]["passed"] == ([] if moment == "build" else ["a::b"])
+    # Tests that came to their end before it have not failed.
+    assert list(found["tests"]["failed"]) == ([] if moment == "benchmarks" else ["pytest"])
+    assert ("rows" in found) == (moment == "benchmarks")
+
+
+def test_what_the_gpus_tests_say_is_rehearsed_on_a_cpu(tmp_path):
+    files = [f"tests/gpu/test_{name}.py" for name in ("kernels", "nccl", "steps")]
+    env = os.environ | {"COSMOS_MP_REHEARSE": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        *files,
+        "-p",
+        "no:cacheprovider",
+        "--show-capture=no",
+        "--junitxml",
+        str(tmp_path / "tests.xml"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-5000:]
+    found = runpy.run_path(str(ROOT / "tests" / "gpu" / "outcome.py"))["outcome"](tmp_path / "tests.xml", done.returncode)
+    assert len(found["passed"]) >= 21 and not found["failed"]
+    assert found["skipped"] and all("canny" in name for name in found["skipped"]), found["skipped"]

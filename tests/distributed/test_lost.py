@@ -17,9 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from cosmos_mp.config import ParallelConfig
-from cosmos_mp.parallel.topology import Topology, join
+from cosmos_mp.parallel.topology import Topology, join, single_process
+from cosmos_mp.parallel.watch import LostRank, Watch
 from cosmos_mp.training import checkpoint, stage
 
 LAYOUT = ParallelConfig(timeout=12)
@@ -107,9 +109,10 @@ def test_the_others_end_in_time_and_name_the_rank(start, runs, tmp_path, fate, w
     assert any(words in text for text in told), told
 
 
-def test_a_stopped_host_of_the_store_is_named_too(tmp_path):
-    """As Slurm starts ranks: rank 0 holds the store, in its own process, which is stopped."""
-    script = """
+@pytest.mark.parametrize(("stopped", "words"), [(0, "store of the ranks does not answer"), (1, "no answer from rank 1, dead or stopped")])
+def test_a_stopped_rank_is_named_by_all_where_rank_0_holds_the_store(tmp_path, stopped, words):
+    """As Slurm starts ranks: the store is in rank 0's own process, and the first to know must not take it along."""
+    script = f"""
 import os, signal, sys, torch.distributed as dist
 from cosmos_mp.config import ParallelConfig
 from cosmos_mp.parallel.topology import join
@@ -117,7 +120,7 @@ from cosmos_mp.parallel.watch import Watch
 topology = join(ParallelConfig(timeout=8))
 watch = Watch(topology)
 dist.barrier()
-if topology.rank == 0:
+if topology.rank == {stopped}:
     os.kill(os.getpid(), signal.SIGSTOP)
 try:
     with watch.explaining("waiting"):
@@ -128,18 +131,34 @@ except ConnectionError as error:
 """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "3"}
     ranks = [
         subprocess.Popen([sys.executable, "-c", script], env=os.environ | place | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
+        for rank in range(3)
     ]
     try:
-        said, _ = ranks[1].communicate(timeout=60)
+        for rank, process in enumerate(ranks):
+            if rank != stopped:
+                said, _ = process.communicate(timeout=60)
+                assert process.returncode == 3 and words in said, said
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
-    assert ranks[1].returncode == 3 and "store of the ranks does not answer" in said, said
+
+
+def test_only_what_a_collective_raises_is_explained(monkeypatch):
+    watch = Watch(single_process())
+    watch.world = 2
+    monkeypatch.setattr(watch, "_who", lambda: "no answer from rank 1")
+    lost = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1234")
+    write = checkpoint.CheckpointWriteError("iter_00000002 could not be written (a rank is gone or silent)")
+    write.__cause__ = lost
+    for error in (lost, write, dist.DistBackendError("NCCL error")):
+        assert isinstance(watch.explain(error), LostRank)
+    full = OSError(28, "No space left on device", "runs/gloo_kd/log.jsonl")
+    for error in (full, checkpoint.CheckpointError("runs/gloo_kd: another run is here"), RuntimeError("in runs/gloo/transport/x")):
+        assert watch.explain(error) is error
 
 
 def test_a_rank_that_dies_before_the_first_iteration_is_named(start, runs, tmp_path, monkeypatch):

@@ -496,9 +496,11 @@ def test_a_node_without_torchrun_says_so(acted):
     assert not (acted.folder / "stage0").exists()
 
 
-def test_a_node_counts_its_gpus(acted):
-    acted.command("nvidia-smi", "print('GPU 0: one\\nGPU 1: two')")
-    code, said = finish(node(acted, "kd", "tiny_kd"))
+@pytest.mark.parametrize("visible", [None, "4,6"])
+def test_a_node_counts_its_gpus(acted, visible):
+    shown = "GPU 0: one\\nGPU 1: two\\n  MIG 1g.10gb" if visible is None else "\\n".join(f"GPU {number}: x" for number in range(8))
+    acted.command("nvidia-smi", f"print('{shown}')")
+    code, said = finish(node(acted, "kd", "tiny_kd", CUDA_VISIBLE_DEVICES=visible))
     assert code == 0, said
     assert acted.stage(1)["env"]["WORLD_SIZE"] == "2" and not (acted.folder / "stage2").exists()
 

@@ -1,4 +1,4 @@
-"""What the tests on a GPU share: a process that is the only rank of a run over NCCL."""
+"""What the tests on a GPU share: a process that is the only rank of a run over NCCL, or gloo where a CPU rehearses."""
 
 from __future__ import annotations
 

@@ -16,7 +16,11 @@ KINDS = {"failure": "failed", "error": "failed", "skipped": "skipped"}
 def outcome(junit: Path, status: int) -> dict:
     """Names of the tests that passed, and of those that failed or were skipped with the reason."""
     found: dict = {"passed": [], "failed": {}, "skipped": {}}
-    for case in tree.parse(junit).iter("testcase") if junit.is_file() else ():
+    try:
+        cases = list(tree.parse(junit).iter("testcase"))
+    except (FileNotFoundError, tree.ParseError):  # pytest did not begin to write, or was killed while it wrote
+        cases = None
+    for case in cases or ():
         if not case.get("name"):  # it was running when time ran out
             continue
         name = f"{case.get('classname')}::{case.get('name')}"
@@ -27,8 +31,8 @@ def outcome(junit: Path, status: int) -> dict:
             found[kind][name] = reason
     if status not in (0, 1):
         found["failed"]["pytest"] = f"ended with {status} before its end, at the time limit or by a signal: see tests.log"
-    elif not junit.is_file():
-        found["failed"]["pytest"] = "wrote no results: see tests.log"
+    elif cases is None:
+        found["failed"]["pytest"] = "wrote no results that can be read: see tests.log"
     return found
 
 

@@ -3,10 +3,13 @@
 Not run on a GPU yet.
 
 TRITON_INTERPRET=0 python -m pytest tests/gpu
+
+With COSMOS_MP_REHEARSE=1 the kernels' tests run on a CPU, interpreted and at small sizes: what they say is tried before there is a GPU.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -22,17 +25,24 @@ from cosmos_mp.kernels.gan_head import gan_loss, head_logits
 from cosmos_mp.kernels.language import triton
 from cosmos_mp.kernels.qk_norm_rope import qk_norm_rope
 
+REHEARSED = os.environ.get("COSMOS_MP_REHEARSE") == "1"
+DEVICE = "cpu" if REHEARSED else "cuda"
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(triton is None or triton.knobs.runtime.interpret, reason="kernels are interpreted: set TRITON_INTERPRET=0"),
+    *([] if REHEARSED else [on_gpu]),
+    pytest.mark.skipif(
+        triton is None or triton.knobs.runtime.interpret != REHEARSED,
+        reason=f"kernels are {'compiled' if REHEARSED else 'interpreted'}: set TRITON_INTERPRET={int(REHEARSED)}",
+    ),
 ]
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 def draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda", dtype=torch.float64)
+    # The shape as one tuple: that of a loss is empty.
+    return torch.randn(shape, generator=torch.Generator(DEVICE).manual_seed(seed), device=DEVICE, dtype=torch.float64)
 
 
 def adaln_gated(h: Tensor, y: Tensor, parts: Tensor) -> tuple[Tensor, ...]:
@@ -68,6 +78,17 @@ CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], list[tuple[int, ...]]]
     "qk_norm_rope, text keys": (plain, [(512, 1, 32, 128), (128,)]),
     "gan_head": (head, [(2, 320, 1, 22, 40), (320,), (320,), (320,), (1,)]),
 }
+LATENT = (1, 16, 2, 88, 160)
+if REHEARSED:
+    CASES = {
+        "adaln, gated": (adaln_gated, [(37, 1, 96), (37, 1, 96), (1, 3 * 96)]),
+        "adaln, position, two samples": (adaln_position, [(37, 2, 96), (37, 1, 96), (2, 3 * 96)]),
+        "adaln, odd": (adaln_gated, [(7, 3, 1000), (7, 3, 1000), (3, 3000)]),
+        "qk_norm_rope, turned": (turned, [(37, 1, 3, 128), (128,)]),
+        "qk_norm_rope, text keys": (plain, [(5, 1, 3, 128), (128,)]),
+        "gan_head": (head, [(2, 40, 1, 7, 3), (40,), (40,), (40,), (1,)]),
+    }
+    LATENT = (1, 16, 2, 7, 5)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -89,8 +110,8 @@ def test_values_and_every_gradient(case, dtype):
 
 @pytest.mark.parametrize("outputs_in", TOLERANCE, ids=str)
 def test_dmd2_loss(outputs_in):
-    y, xt, *outputs = (draw(1, 16, 2, 88, 160, seed=seed) for seed in range(5))
-    factors = (torch.tensor([0.02], device="cuda"), torch.tensor([0.49], device="cuda"))
+    y, xt, *outputs = (draw(*LATENT, seed=seed) for seed in range(5))
+    factors = (torch.tensor([0.02], device=DEVICE), torch.tensor([0.49], device=DEVICE))
 
     def mean(error_BT: Tensor) -> Tensor:
         return error_BT.mean(dim=1, keepdim=True)
@@ -107,6 +128,7 @@ def test_dmd2_loss(outputs_in):
     assert (a - b).abs().max() < 1e-5 * b.abs().max()
 
 
+@on_gpu
 def test_compiled_canny_finds_cv2s_edges_in_1000_pictures(pictures):
     """Random, with few levels, flat, ramps, checkers, smooth, thin lines; each frame has thresholds of its own."""
     if library("cuda") is None:
@@ -121,6 +143,7 @@ def test_compiled_canny_finds_cv2s_edges_in_1000_pictures(pictures):
     assert count >= 1000
 
 
+@on_gpu
 @pytest.mark.parametrize("version", [canny, canny_torch])
 def test_canny_of_more_frames_than_go_together_on_a_stream_of_their_own(pictures, version):
     if version is canny and library("cuda") is None:

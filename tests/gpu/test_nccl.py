@@ -1,8 +1,12 @@
-"""A run of one rank over NCCL: its groups, its collectives, and FSDP that computes in bfloat16. Not run on a GPU yet."""
+"""A run of one rank over NCCL: its groups, its collectives, and FSDP that computes in bfloat16. Not run on a GPU yet.
+
+With COSMOS_MP_REHEARSE=1 the same tests run on a CPU over gloo.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -11,17 +15,22 @@ import torch.distributed as dist
 
 from cosmos_mp.parallel import collectives
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+REHEARSED = os.environ.get("COSMOS_MP_REHEARSE") == "1"
+DEVICE, BACKEND, COMPUTE, ITERATIONS = ("cpu", "gloo", "bfloat16", 3) if REHEARSED else ("cuda", "nccl", "auto", 6)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (REHEARSED or torch.cuda.is_available()), reason="needs a CUDA device"),
+]
 
 NAMES = ("sum_over", "exchange", "gather", "scatter_sum", "enter", "split", "join", "leave")
 
 
 def test_all_groups_are_nccls_and_on_the_device(join_alone):
     topology = join_alone()
-    assert topology.device.type == "cuda" and topology.world == 1
+    assert topology.device.type == DEVICE and topology.world == 1
     groups = (topology.tp_group, topology.cp_group, topology.dp_group, topology.dp_cp_group)
-    assert {dist.get_backend(group) for group in groups} == {"nccl"}
-    assert topology.mesh.device_type == "cuda" and topology.fsdp_mesh.size() == 1
+    assert {dist.get_backend(group) for group in groups} == {BACKEND}
+    assert topology.mesh.device_type == DEVICE and topology.fsdp_mesh.size() == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -43,10 +52,12 @@ def losses(result: dict) -> list[dict[str, float]]:
 @pytest.mark.parametrize("kind", ["kd", "dmd2"])
 def test_fsdp_trains_in_bfloat16_as_whole_networks_do_in_float32(join_alone, runs, monkeypatch, kind):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    config = replace(runs.TRAIN, iterations=6)
+    if REHEARSED:  # oneDNN's bfloat16 Conv3d can give NaN as the gradient of its weight
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    config = replace(runs.TRAIN, iterations=ITERATIONS)
     topology = join_alone()
     whole = runs.train(kind, None, config, torch.float32)
-    for options, bound in ((replace(topology.options, compute="float32"), 1e-3), (replace(topology.options, compute="auto"), 5e-2)):
+    for options, bound in ((replace(topology.options, compute="float32"), 1e-3), (replace(topology.options, compute=COMPUTE), 5e-2)):
         found = runs.train(kind, options, config, torch.float32)
         assert found["iteration"] == config.iterations
         for step, (ours, theirs) in enumerate(zip(losses(found), losses(whole), strict=True)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -93,6 +94,28 @@ def test_nccls_watchdog_ends_a_process_within_the_timeout(given, expected):
     env = {key: value for key, value in os.environ.items() if key != name} | ({name: given} if given else {})
     assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.split() == [expected]
     assert ParallelConfig(timeout=10).grace == 5
+
+
+def test_ranks_that_do_not_come_are_missed_in_words():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    code = "from cosmos_mp.config import ParallelConfig; from cosmos_mp.parallel.topology import join; join(ParallelConfig(timeout=4))"
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stderr.splitlines()[-1]
+    assert "LostRank: rank 0: the 2 ranks did not meet at 127.0.0.1:" + port in said and "1/2 clients joined" in said, said
+
+
+def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match=r"process 2 of its node, from 0, and sees 2 GPU\(s\): start as many as CUDA_VISIBLE_DEVICES"):
+        module._device()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert module._device() == torch.device("cuda", 1) and taken == [torch.device("cuda", 1)]
 
 
 @pytest.mark.parametrize("options", [{"tp": 2}, {"cp": 3}, {"dp": 2}, {"shard": 2}])

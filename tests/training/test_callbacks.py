@@ -138,6 +138,15 @@ def test_json_lines_hold_each_iteration_once_over_a_resume(tmp_path):
     assert records[0]["terms"]["gan"] == -2.5 and records[1]["roles"] == ["fake_score", "discriminator"]
 
 
+def test_a_disk_that_is_full_is_named_with_the_file(tmp_path):
+    callback = JsonLines()
+    callback.on_start(state_of(tmp_path))
+    callback.close()
+    callback._file = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(OSError, match="the last checkpoint stands: make room and start the same command again: '/dev/full'"):
+        callback.on_iteration(event_of(0))
+
+
 def test_json_lines_are_on_disk_at_once(tmp_path):
     callback = JsonLines()
     callback.on_start(state_of(tmp_path))

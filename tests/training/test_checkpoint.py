@@ -246,6 +246,26 @@ def test_allowed_changes_are_options_that_exist():
     for prefix, options in (("train.", TrainConfig), ("parallel.", ParallelConfig), ("profile.", ProfileConfig)):
         names = [name.removeprefix(prefix) for name in checkpoint.MAY_CHANGE if name.startswith(prefix)]
         assert names and all(hasattr(options, name) for name in names)
+    # Of a layout, all but what changes numbers.
+    fixed = {f"parallel.{name}" for name in ParallelConfig.__dataclass_fields__} - checkpoint.MAY_CHANGE
+    assert fixed == {"parallel.compute", "parallel.reference_cp_scaling"}
+
+
+def test_a_copy_beside_the_checkpoints_is_none_of_them(tmp_path):
+    for name in ("iter_00000002", "iter_00000002.keep", "iter_00000004.partial", "iter_best", "iter_00000001"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoint.published(tmp_path)] == ["iter_00000002", "iter_00000001"]
+
+
+def test_whatever_stands_in_a_checkpoints_place_is_damage(tmp_path):
+    (tmp_path / "iter_1").write_text("a file")
+    (tmp_path / "iter_2" / checkpoint.MARKER).mkdir(parents=True)
+    (tmp_path / "iter_3").mkdir()
+    (tmp_path / "iter_3" / checkpoint.MARKER).write_text(100_000 * "[")
+    found = [checkpoint.damage(tmp_path / f"iter_{number}") for number in (1, 2, 3)]
+    assert [words.split(":")[0] for words in found] == [
+        f"{checkpoint.MARKER} cannot be read ({name}" for name in ("NotADirectoryError", "IsADirectoryError", "RecursionError")
+    ]
 
 
 class Reduced:
