@@ -463,6 +463,11 @@ def _need_native(run: Run, *trained: Role) -> None:
                 f"backend.recipe=delayed moves its scales only where gradients are kept, and the {frozen[0]} is frozen: "
                 "leave it out of backend.fp8_roles, or set backend.recipe to current"
             )
+        if len(backend.fp8_roles) > 1:
+            raise ConfigError(
+                f"backend.recipe=delayed keeps one history for all networks, and backend.fp8_roles has {', '.join(backend.fp8_roles)}: "
+                "name one role, or set backend.recipe to current"
+            )
         if train.recompute != "none":
             raise ConfigError(
                 f"backend.recipe=delayed would move its scales between the two forwards of train.recompute={train.recompute}: "

@@ -450,6 +450,9 @@ def test_delayed_scaling_is_for_roles_that_are_trained_and_not_recomputed():
     for make, role in ((lambda: PairsRun(backend=native("delayed")), "teacher"), (lambda: KDRun(backend=native("delayed")), "teacher")):
         with pytest.raises(ConfigError, match=f"the {role} is frozen: leave it out of backend.fp8_roles"):
             make()
+    DMD2Run(backend=native("delayed", ("student",)), train=once)
+    with pytest.raises(ConfigError, match=r"one history for all networks, and backend\.fp8_roles has student, fake_score: name one"):
+        DMD2Run(backend=native("delayed", ("student", "fake_score")), train=once)
     with pytest.raises(ConfigError, match=r"the two forwards of train\.recompute=full"):
         TeacherRun(backend=native("delayed"))
     with pytest.raises(ConfigError, match=r"parallel\.compute"):

@@ -32,6 +32,7 @@ began=$SECONDS code=0 tested=130 # what pytest ended with, once it has
 say() { printf '\n== %s (%d s)\n' "$1" $((SECONDS - began)); }
 left() { echo $((470 - SECONDS + began)); } # of 8 minutes, with some seconds to write the results
 
+# shellcheck disable=SC2329 # the trap calls it
 interrupted() {
   trap '' INT # a second one must not lose what the first one kept
   "$python" tests/gpu/outcome.py "$out" "$tested" || true
