@@ -70,25 +70,17 @@ def head(x: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bias: 
     return logits, gan_loss(logits[:, None], 1)
 
 
+TOKENS, PLACES, ODD, WIDTH, HEADS, TEXT = (37, 37, 7, 96, 3, 5) if REHEARSED else (7040, 1001, 77, 4096, 32, 512)
+FEATURES, LATENT = ((2, 40, 1, 7, 3), (1, 16, 2, 7, 5)) if REHEARSED else ((2, 320, 1, 22, 40), (1, 16, 2, 88, 160))
+CHANNELS = FEATURES[1:2]
 CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], list[tuple[int, ...]]]] = {
-    "adaln, gated": (adaln_gated, [(7040, 1, 4096), (7040, 1, 4096), (1, 3 * 4096)]),
-    "adaln, position, two samples": (adaln_position, [(1001, 2, 4096), (1001, 1, 4096), (2, 3 * 4096)]),
-    "adaln, odd": (adaln_gated, [(77, 3, 1000), (77, 3, 1000), (3, 3000)]),
-    "qk_norm_rope, turned": (turned, [(7040, 1, 32, 128), (128,)]),
-    "qk_norm_rope, text keys": (plain, [(512, 1, 32, 128), (128,)]),
-    "gan_head": (head, [(2, 320, 1, 22, 40), (320,), (320,), (320,), (1,)]),
+    "adaln, gated": (adaln_gated, [(TOKENS, 1, WIDTH), (TOKENS, 1, WIDTH), (1, 3 * WIDTH)]),
+    "adaln, position, two samples": (adaln_position, [(PLACES, 2, WIDTH), (PLACES, 1, WIDTH), (2, 3 * WIDTH)]),
+    "adaln, odd": (adaln_gated, [(ODD, 3, 1000), (ODD, 3, 1000), (3, 3000)]),
+    "qk_norm_rope, turned": (turned, [(TOKENS, 1, HEADS, 128), (128,)]),
+    "qk_norm_rope, text keys": (plain, [(TEXT, 1, HEADS, 128), (128,)]),
+    "gan_head": (head, [FEATURES, CHANNELS, CHANNELS, CHANNELS, (1,)]),
 }
-LATENT = (1, 16, 2, 88, 160)
-if REHEARSED:
-    CASES = {
-        "adaln, gated": (adaln_gated, [(37, 1, 96), (37, 1, 96), (1, 3 * 96)]),
-        "adaln, position, two samples": (adaln_position, [(37, 2, 96), (37, 1, 96), (2, 3 * 96)]),
-        "adaln, odd": (adaln_gated, [(7, 3, 1000), (7, 3, 1000), (3, 3000)]),
-        "qk_norm_rope, turned": (turned, [(37, 1, 3, 128), (128,)]),
-        "qk_norm_rope, text keys": (plain, [(5, 1, 3, 128), (128,)]),
-        "gan_head": (head, [(2, 40, 1, 7, 3), (40,), (40,), (40,), (1,)]),
-    }
-    LATENT = (1, 16, 2, 7, 5)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -52,8 +52,6 @@ def losses(result: dict) -> list[dict[str, float]]:
 @pytest.mark.parametrize("kind", ["kd", "dmd2"])
 def test_fsdp_trains_in_bfloat16_as_whole_networks_do_in_float32(join_alone, runs, monkeypatch, kind):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    if REHEARSED:  # oneDNN's bfloat16 Conv3d can give NaN as the gradient of its weight
-        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     config = replace(runs.TRAIN, iterations=ITERATIONS)
     topology = join_alone()
     whole = runs.train(kind, None, config, torch.float32)

@@ -82,8 +82,6 @@ def dmd2(topology: Topology) -> Method:
 @pytest.mark.parametrize("make", [kd, dmd2])
 def test_steps_at_the_7bs_width_are_those_of_plain_torch(make: Callable[[Topology], Method], join_alone, runs, monkeypatch, tmp_path: Path):
     monkeypatch.setattr(Saver, "save", lambda *_: None)  # tens of gigabytes
-    if REHEARSED:  # oneDNN's bfloat16 Conv3d can give NaN as the gradient of its weight
-        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     # Transformer Engine has norms of its own, and the kernels are what differs here.
     topology = replace(join_alone(compute="bfloat16" if REHEARSED else "auto"), backend=BackendConfig(kind="local"))
     train = TrainConfig(ITERATIONS, global_batch_size=1, picture_every=0, recompute="none")
